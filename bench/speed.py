@@ -1,0 +1,59 @@
+"""Decode speed and peak memory of one model, as it is served: batch 1, greedy, with a KV cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..backends.cpu import PeakMemory
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """tokens_per_s: median over `repeats` runs; spread: (slowest - fastest) / median; peak_memory_bytes: of one run."""
+
+    tokens_per_s: float
+    spread: float
+    repeats: int
+    new_tokens: int
+    peak_memory_bytes: int
+
+
+def decode_speed(
+    model: PreTrainedModel, prompt: list[int], pad: int, new_tokens: int = 32, repeats: int = 3
+) -> DecodeSpeed:
+    """Time `new_tokens` decode steps after `prompt` (token ids, `pad` the padding one); the prompt's own pass is timed apart and taken off."""
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+        )
+        return time.perf_counter() - start
+
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        run(2)
+        rates = []
+        for _ in range(repeats):
+            prefill = run(1)
+            rates.append(new_tokens / max(run(new_tokens + 1) - prefill, 1e-9))
+        held = sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in _tensors(model)}.values())
+        with PeakMemory(held) as memory:
+            run(new_tokens + 1)
+    middle = statistics.median(rates)
+    return DecodeSpeed(middle, (max(rates) - min(rates)) / middle, repeats, new_tokens, memory.peak_bytes)
+
+
+def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]

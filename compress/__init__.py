@@ -1,0 +1,1 @@
+"""Makes a model smaller: formats, methods, one walk over the layers, checkpoints."""

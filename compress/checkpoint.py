@@ -1,0 +1,222 @@
+"""Checkpoints in and out: safetensors only, no code from files, written whole or not at all.
+
+Dense models are ordinary Hugging Face directories. Quantized ones are compressed-tensors directories that stock
+transformers loads too. Models whose layers stock readers cannot take (GPT-2's Conv1D) are written with their weights
+in `remanence.safetensors`, so that any other reader stops instead of filling the gaps with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from .files import atomic_dir, read_json
+from .formats import compressed_tensors as ct
+from .linear import QuantLinear
+from .spec import Recipe
+from .walk import replace
+
+_OWN_STEM = "remanence"
+
+
+def load_model(path: Path | str) -> PreTrainedModel:
+    """A causal LM in eval mode, from a local directory or a hub id ("org/name"), dense or compressed-tensors.
+
+    Raises FileNotFoundError for a missing directory, ValueError for a config that names outside code or a
+    quantization we do not read.
+    """
+    directory = _local(path)
+    if directory is None:
+        return _from_hub(str(path), AutoModelForCausalLM, use_safetensors=True, dtype="auto").eval()
+    config = read_json(directory / "config.json")
+    _check_config(directory, config)
+    _check_index(directory)
+    if config.get("quantization_config"):
+        return _load_quantized(directory, config["quantization_config"]).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, use_safetensors=True, trust_remote_code=False, dtype="auto", local_files_only=True
+    )
+    return model.eval()
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; ValueError when there is none or it has no end-of-sequence token."""
+    directory = _local(path)
+    if directory is None:
+        tokenizer = _from_hub(str(path), AutoTokenizer)
+    else:
+        if not any(directory.glob("tokenizer*")) and not any(directory.glob("vocab*")):
+            raise ValueError(f"{directory}: no tokenizer beside the model; save it with tokenizer.save_pretrained()")
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: its tokenizer has no end-of-sequence token, so answers would have no end")
+    return tokenizer
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path | str, recipe: Recipe | None = None
+) -> None:
+    """Write model and tokenizer to the new directory `target`; `recipe` as given to quantize_ when it was quantized.
+
+    Raises FileExistsError when there is something at `target`, OSError when the disk is full; nothing is left then.
+    """
+    with atomic_dir(target) as work:
+        write_model(model, tokenizer, work, recipe)
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe | None = None
+) -> None:
+    """As save_model, into an existing empty directory that the caller makes permanent."""
+    if recipe is None or recipe.spec is None:
+        model.save_pretrained(work)
+    else:
+        config = json.loads(model.config.to_json_string())
+        config["quantization_config"] = ct.to_config(recipe)
+        config["architectures"] = [type(model).__name__]
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(work)
+        _write_shards(_quantized_state(model), work, "model" if _stock_readable(model) else _OWN_STEM)
+    tokenizer.save_pretrained(work)
+
+
+def weight_bytes(directory: Path | str) -> int:
+    """Bytes of the weight files in a checkpoint directory."""
+    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """Longest sequence in tokens that the model has positions for."""
+    for name in ("max_position_embeddings", "n_positions"):
+        if getattr(model.config, name, None):
+            return int(getattr(model.config, name))
+    return 2048
+
+
+def _local(path: Path | str) -> Path | None:
+    """The directory, or None for what can only be a hub id."""
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"{directory}: no config.json in it; not a Hugging Face model directory")
+        return directory
+    if directory.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
+        raise FileNotFoundError(f"{path}: no such model directory")
+    return None
+
+
+def _from_hub(name: str, auto: Any, **kwargs: object) -> Any:
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name}: no such directory, and not to be had from the hub ({first})") from None
+
+
+def _check_config(directory: Path, config: object, where: str = "") -> None:
+    """Refuse configs that make transformers fetch code: attention or expert kernels named by repository."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if "implementation" in key and isinstance(value, str) and "/" in value:
+                raise ValueError(f"{directory}/config.json: {where}{key}: {value!r} names outside code; refused")
+            _check_config(directory, value, f"{where}{key}.")
+
+
+def _check_index(directory: Path) -> None:
+    """Refuse an index that points outside its directory; transformers would follow it."""
+    for index in directory.glob("*.safetensors.index.json"):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index}: weight_map: missing or not an object")
+        for shard in set(shards.values()):
+            if not isinstance(shard, str) or Path(shard).name != shard or not (directory / shard).is_file():
+                raise ValueError(f"{index}: {shard!r} is not a file in this directory")
+
+
+def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{directory}/config.json: quantization_config: expected an object")
+    spec = ct.from_config(quantization)
+    state = _read_shards(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    del config.quantization_config
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    present: set[int] = set()
+    for name in [key.removesuffix(".weight_packed") for key in state if key.endswith(".weight_packed")]:
+        dense = model.get_submodule(name)
+        if not isinstance(dense, nn.Linear | Conv1D):
+            raise ValueError(f"{directory}: {name} is packed in the file but is no linear layer of the model")
+        try:
+            layer = ct.unpack_layer(name, state, spec)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
+        layer.replaces = type(dense).__name__
+        replace(model, name, layer)
+        present |= {tensor.data_ptr() for tensor in layer.buffers()}
+    present |= {tensor.data_ptr() for tensor in state.values()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    tensors = model.state_dict()
+    lost = [key for key in missing if tensors[key].data_ptr() not in present]
+    if lost or unexpected:
+        raise ValueError(f"{directory}: missing tensors {lost[:3]}, unexpected tensors {list(unexpected)[:3]}")
+    return model
+
+
+def _quantized_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    seen: set[int] = set()
+    for key, tensor in model.state_dict().items():
+        name = key.rpartition(".")[0]
+        if name in packed:
+            if key.endswith(".packed"):
+                state.update(ct.pack_state(name, packed[name]))
+        elif tensor.data_ptr() not in seen:  # a tied head is stored once, under its first name
+            seen.add(tensor.data_ptr())
+            state[key] = tensor
+    return {key: tensor.detach().contiguous() for key, tensor in state.items()}
+
+
+def _stock_readable(model: PreTrainedModel) -> bool:
+    """Whether transformers with compressed-tensors would unpack every layer (it knows nn.Linear only)."""
+    return all(layer.replaces == "Linear" for layer in model.modules() if isinstance(layer, QuantLinear))
+
+
+def _write_shards(state: dict[str, Tensor], work: Path, stem: str) -> None:
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern=stem + "{suffix}.safetensors", max_shard_size="5GB"
+    )
+    for file, keys in plan.filename_to_tensors.items():
+        save_file({key: state[key] for key in keys}, work / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (work / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _read_shards(directory: Path) -> dict[str, Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{directory}: no .safetensors file in it")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    state[key] = tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    return state

@@ -1,0 +1,105 @@
+"""Writing that leaves either the whole result or nothing: everything goes to a temporary sibling and is renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_dir(target: Path | str) -> Iterator[Path]:
+    """Yield an empty directory that becomes `target` when the block ends, and vanishes when it fails.
+
+    Raises FileExistsError when `target` exists and is not an empty directory; OSError(ENOSPC) naming the target and
+    the space left when the disk is full.
+    """
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target}: exists and is not empty; remove it or choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The process number lets a later run tell what a killed one left behind.
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-{os.getpid()}_", dir=target.parent))
+    try:
+        with disk_errors(target):
+            yield work
+            for path in sorted(work.rglob("*")):
+                if path.is_file():
+                    _sync(path)
+            work.chmod(0o755)
+            os.replace(work, target)
+            _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a file at once: readers see the old one or the new one, never half of either."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    try:
+        with disk_errors(path):
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """`write_text` of indented JSON; NaN and infinity are refused (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> dict[str, object]:
+    """A JSON object from a file; ValueError names file and line of what cannot be read."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Name the target and the space left when the disk is full, whichever library noticed it first."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports a full disk as its own error type, with the system's text inside.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if not full:
+            raise
+        left = shutil.disk_usage(_existing(target)).free
+        message = f"disk full while writing {target} ({left / 2**20:.1f} MiB left); nothing was kept of it"
+        raise OSError(errno.ENOSPC, message) from error
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

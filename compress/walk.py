@@ -1,0 +1,72 @@
+"""The one walk over a model's linear layers: find them, quantize them, put the packed ones in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .linear import QuantLinear
+from .rtn import QTensor, rtn
+from .spec import QuantSpec, Recipe
+
+Quantizer = Callable[[Tensor, QuantSpec, torch.dtype], QTensor]
+METHODS: dict[str, Quantizer] = {"rtn": rtn}
+
+
+def linears(model: nn.Module, ignore: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """Every linear layer by name (GPT-2 keeps its own as Conv1D), but those named in `ignore`.
+
+    An entry of `ignore` is a full module name or its last part ("lm_head").
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and name not in ignore and name.split(".")[-1] not in ignore:
+            yield name, module
+
+
+def weight_of(module: nn.Linear | Conv1D) -> Tensor:
+    """[out features, in features], whichever way the module keeps it."""
+    return module.weight.T.contiguous() if isinstance(module, Conv1D) else module.weight
+
+
+def storage_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a scale: the model's own if it has 16 bits, float16 for float32 models (8 bytes per group saved
+    are worth more than bits that the codes cannot use)."""
+    return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def quantize_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """Replace every linear layer that the recipe does not ignore by a QuantLinear, in place.
+
+    Raises ValueError, before anything is replaced, when a layer cannot take the format.
+    """
+    if recipe.spec is None:
+        return model
+    layers = list(linears(model, recipe.ignore))
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no linear layer to quantize")
+    for name, module in layers:
+        try:
+            recipe.spec.groups(weight_of(module).shape[1])
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {name}: {error}") from None
+    for name, module in layers:
+        with torch.no_grad():
+            weight = weight_of(module)
+            try:
+                q = METHODS[recipe.method](weight, recipe.spec, storage_dtype(weight))
+            except ValueError as error:
+                raise ValueError(f"{recipe}: {name}: {error}") from None
+            layer = QuantLinear.from_qtensor(q, module.bias)
+            layer.replaces = type(module).__name__
+            replace(model, name, layer)
+    return model
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)

@@ -1,0 +1,285 @@
+"""The ops of this package, as torch sees them: `torch.ops.remanence.*`, with shapes, errors and gradients.
+
+Torch's dispatcher picks the implementation: the native kernels on a CPU, the plain reference elsewhere.
+Shapes: N output features, K input features, G groups a row (group size K / G), M rows of x (leading axes).
+A weight is w = (codes - zero) * scale, codes in 0 .. 2^bits - 1, stored as compressed-tensors stores them.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from ._C import available_isas, isa, set_isa
+from ._C import dequantize as _native_dequantize
+from ._C import linear as _native_linear
+from ._C import pack as _native_pack
+from ._C import unpack as _native_unpack
+from .reference import packed_width
+
+__all__ = [
+    "BITS",
+    "available_isas",
+    "dequantize",
+    "isa",
+    "pack",
+    "packed_width",
+    "set_isa",
+    "unpack",
+    "w4a16_linear",
+]
+
+BITS = (2, 3, 4, 8)
+_SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ScaleType in csrc/rows.h
+_FLOATS = tuple(_SCALE_TYPES)
+_UINT8 = (torch.uint8,)
+
+# Rows of x up to which the native kernel beats dequantising once and F.linear: measured on two Zen 4 cores
+# (4 bits, g64, AVX2 and AVX-512), they cross at 32 rows for 256x256, at 48 or more for 2048x2048 and above.
+_NATIVE_ROWS = 32
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """codes uint8 [N, K] -> packed uint8 [N, 4 * ceil(K*bits/32)]; ValueError on a code above 2^bits - 1.
+
+    A row is one stream of bits, lowest first: at 4 bits the low nibble is the even k.
+    """
+    return torch.ops.remanence.pack(codes, bits)
+
+
+def unpack(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
+    """packed uint8 [N, 4 * ceil(K*bits/32)] -> codes uint8 [N, K]; exactly undoes `pack`."""
+    return torch.ops.remanence.unpack(packed, bits, k)
+
+
+def dequantize(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int
+) -> torch.Tensor:
+    """packed uint8, scale float [N, G], zero uint8 [N, G] or None (2^(bits-1)) -> w float32 [N, K].
+
+    ValueError where a shape or dtype does not fit, or K does not divide into G groups.
+    """
+    return torch.ops.remanence.dequantize(packed, scale, zero, bits, k)
+
+
+def w4a16_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bits: int = 4,
+) -> torch.Tensor:
+    """x [..., K] @ w.T + bias [N] -> y [..., N] in x's dtype (float32, float16 or bfloat16).
+
+    The weight as in `dequantize`, at 2, 3, 4 or 8 bits; all arithmetic in float32. Gradients flow to x and
+    bias, never to the weight. ValueError where a shape or dtype does not fit.
+    """
+    return torch.ops.remanence.w4a16_linear(x, packed, scale, zero, bias, bits)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name}: {tensor.dtype} is not {expected}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: shape {list(tensor.shape)} is not {list(shape)}")
+
+
+def _check_codes(codes: torch.Tensor, bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
+    if codes.dim() != 2:
+        raise ValueError(f"codes: shape {list(codes.shape)} is not [N, K]")
+    _check_tensor("codes", codes, _UINT8, codes.shape)
+
+
+def _check_range(codes: torch.Tensor, bits: int) -> None:
+    largest = int(codes.max()) if codes.numel() else 0
+    if largest >= 2**bits:
+        raise ValueError(f"codes: {largest} is above {2**bits - 1}, the largest of {bits} bits")
+
+
+def _check_packed(packed: torch.Tensor, bits: int, k: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
+    if k < 0:
+        raise ValueError(f"k: {k} is negative")
+    if packed.dim() != 2:
+        raise ValueError(f"packed: shape {list(packed.shape)} is not [N, {packed_width(k, bits)}]")
+    _check_tensor("packed", packed, _UINT8, (packed.shape[0], packed_width(k, bits)))
+
+
+def _check_weight(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int
+) -> None:
+    _check_packed(packed, bits, k)
+    if scale.dim() != 2:
+        raise ValueError(f"scale: shape {list(scale.shape)} is not [{packed.shape[0]}, groups]")
+    groups = scale.shape[1]
+    _check_tensor("scale", scale, _FLOATS, (packed.shape[0], groups))
+    if k == 0 or groups == 0 or k % groups:
+        raise ValueError(f"scale: {k} input features do not divide into {groups} groups")
+    if zero is not None:
+        _check_tensor("zero", zero, _UINT8, scale.shape)
+
+
+def _check_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+) -> None:
+    if x.dim() == 0:
+        raise ValueError("x: shape [] is not [..., K]")
+    _check_tensor("x", x, _FLOATS, x.shape)
+    _check_weight(packed, scale, zero, bits, x.shape[-1])
+    if bias is not None:
+        _check_tensor("bias", bias, _FLOATS, (packed.shape[0],))
+
+
+# The outputs, unwritten: what fake tensors answer, and what the native kernels fill.
+def _pack_fake(codes, bits):
+    return codes.new_empty(codes.shape[0], packed_width(codes.shape[1], bits))
+
+
+def _unpack_fake(packed, _bits, k):
+    return packed.new_empty(packed.shape[0], k)
+
+
+def _dequantize_fake(packed, _scale, _zero, _bits, k):
+    return packed.new_empty(packed.shape[0], k, dtype=torch.float32)
+
+
+def _linear_fake(x, packed, _scale, _zero, _bias, _bits):
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _pack_default(codes, bits):
+    _check_range(codes, bits)
+    return reference.pack(codes, bits)
+
+
+def _pack_cpu(codes, bits):
+    _check_range(codes, bits)
+    codes, packed = codes.contiguous(), _pack_fake(codes, bits)
+    n, k = codes.shape
+    _native_pack(codes.data_ptr(), packed.data_ptr(), n, k, bits, torch.get_num_threads())
+    return packed
+
+
+def _unpack_cpu(packed, bits, k):
+    packed, codes = packed.contiguous(), _unpack_fake(packed, bits, k)
+    _native_unpack(packed.data_ptr(), codes.data_ptr(), packed.shape[0], k, bits, torch.get_num_threads())
+    return codes
+
+
+def _dequantize_cpu(packed, scale, zero, bits, k):
+    w = _dequantize_fake(packed, scale, zero, bits, k)
+    packed, scale, zero = packed.contiguous(), scale.contiguous(), zero if zero is None else zero.contiguous()
+    _native_dequantize(
+        packed.data_ptr(),
+        scale.data_ptr(),
+        _SCALE_TYPES[scale.dtype],
+        0 if zero is None else zero.data_ptr(),
+        w.data_ptr(),
+        *w.shape,
+        scale.shape[1],
+        bits,
+        torch.get_num_threads(),
+    )
+    return w
+
+
+def _linear_cpu(x, packed, scale, zero, bias, bits):
+    k = x.shape[-1]
+    m = x.numel() // k
+    dtype, x = x.dtype, x.to(torch.float32).contiguous()
+    bias = bias if bias is None else bias.to(torch.float32).contiguous()
+    if m > _NATIVE_ROWS:
+        return F.linear(x, _dequantize_cpu(packed, scale, zero, bits, k), bias).to(dtype)
+    y = _linear_fake(x, packed, scale, zero, bias, bits)
+    packed, scale, zero = packed.contiguous(), scale.contiguous(), zero if zero is None else zero.contiguous()
+    _native_linear(
+        x.data_ptr(),
+        packed.data_ptr(),
+        scale.data_ptr(),
+        _SCALE_TYPES[scale.dtype],
+        0 if zero is None else zero.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        m,
+        packed.shape[0],
+        k,
+        scale.shape[1],
+        bits,
+        torch.get_num_threads(),
+    )
+    return y.to(dtype)
+
+
+def _save_weight(ctx, inputs, output):  # noqa: ARG001, torch passes it by name
+    x, packed, scale, zero, bias, ctx.bits = inputs
+    ctx.save_for_backward(packed, scale, zero)
+    ctx.k, ctx.x_dtype, ctx.bias_dtype = x.shape[-1], x.dtype, None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx, grad):  # grad [..., N]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        packed, scale, zero = ctx.saved_tensors
+        w = dequantize(packed, scale, zero, ctx.bits, ctx.k)  # [N, K]
+        grad_x = (grad.float() @ w).to(ctx.x_dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+_library = torch.library.Library("remanence", "DEF")
+
+
+def _define(schema: str, check: Callable, default: Callable, cpu: Callable, fake: Callable) -> None:
+    """Every implementation checks first: anyone may call the op, and the kernels trust their addresses."""
+
+    def checked(implementation: Callable) -> Callable:
+        def op(*args):
+            check(*args)
+            return implementation(*args)
+
+        return op
+
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    _library.impl(name, checked(default), "CompositeExplicitAutograd")
+    _library.impl(name, checked(cpu), "CPU")
+    _library.impl(name, checked(fake), "Meta")
+
+
+_define("pack(Tensor codes, int bits) -> Tensor", _check_codes, _pack_default, _pack_cpu, _pack_fake)
+_define(
+    "unpack(Tensor packed, int bits, SymInt k) -> Tensor",
+    _check_packed,
+    reference.unpack,
+    _unpack_cpu,
+    _unpack_fake,
+)
+_define(
+    "dequantize(Tensor packed, Tensor scale, Tensor? zero, int bits, SymInt k) -> Tensor",
+    _check_weight,
+    reference.dequantize,
+    _dequantize_cpu,
+    _dequantize_fake,
+)
+_define(
+    "w4a16_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int bits) -> Tensor",
+    _check_linear,
+    reference.w4a16_linear,
+    _linear_cpu,
+    _linear_fake,
+)
+torch.library.register_autograd(
+    "remanence::w4a16_linear", _linear_backward, setup_context=_save_weight, lib=_library
+)

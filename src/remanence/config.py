@@ -1,0 +1,98 @@
+"""What an audit is asked to do: one strict model, checked before any work starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .compress.spec import parse_recipe
+
+# Names only: importing the methods themselves would load torch. A test keeps this equal to METHODS.
+METHOD_NAMES = ("graddiff", "npo", "bucketed")
+CONTROL = "bucketed"
+DEFAULT_RECIPES = ("dense", "rtn-w8a16", "rtn-w4a16-g64", "rtn-w4a16", "rtn-w3a16-g64")
+
+
+def default_cache() -> Path:
+    """$REMANENCE_CACHE, else remanence/ in the user's cache directory."""
+    if path := os.environ.get("REMANENCE_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remanence"
+
+
+class AuditConfig(BaseModel):
+    """One audit.
+
+    model       "demo" trains target and oracle from scratch on the corpus; else a model directory or hub id
+    arch        of the demo model
+    data        "people" (generated), "tofu", or a file with all rows
+    data_dir    where TOFU's files are; None fetches them from the hub
+    forget      "forgetNN" (percent of the people or authors), or a file of rows
+    retain      a file of rows; default: the data without the forget set
+    people      how many people or authors in all; None: 80 people, 20 TOFU authors for a demo model, else all
+    oracle      a model retrained without the forget set (given models only)
+    unlearned   models already unlearned, by name
+    methods     unlearning methods to run; the positive control runs in any case
+    recipes     compressions; "dense" runs in any case
+    learning_rate, steps    for graddiff and npo; None: the demo's or the field's defaults
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = "demo"
+    arch: Literal["llama", "opt"] = "llama"
+    data: str = "people"
+    data_dir: str | None = None
+    forget: str = "forget10"
+    retain: str | None = None
+    people: int | None = Field(default=None, ge=2)
+    oracle: str | None = None
+    unlearned: dict[str, str] = Field(default_factory=dict)
+    methods: tuple[str, ...] = METHOD_NAMES
+    recipes: tuple[str, ...] = DEFAULT_RECIPES
+    learning_rate: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for method in methods:
+            if method not in METHOD_NAMES:
+                near = difflib.get_close_matches(method, METHOD_NAMES, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METHOD_NAMES)}"
+                raise ValueError(f"method: {method!r} is unknown; {hint}")
+        return tuple(dict.fromkeys(methods))
+
+    @field_validator("recipes")
+    @classmethod
+    def _known_recipes(cls, recipes: tuple[str, ...]) -> tuple[str, ...]:
+        names = [parse_recipe(name).name for name in recipes]
+        return tuple(dict.fromkeys(["dense", *names]))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AuditConfig:
+        taken = {"target", "oracle", *METHOD_NAMES} & set(self.unlearned)
+        if taken:
+            raise ValueError(f"unlearned: the name {min(taken)!r} is taken; choose another")
+        if not self.methods and not self.unlearned:
+            raise ValueError("methods: none given, and no unlearned model; there is nothing to audit")
+        if self.model == "demo" and self.oracle:
+            raise ValueError("oracle: the demo trains its own; an oracle directory goes with --model")
+        if self.data_dir and self.data != "tofu":
+            raise ValueError(f"data-dir: goes with --data tofu, not with --data {self.data}")
+        named = self.data in ("people", "tofu")
+        if named and self.retain:
+            raise ValueError(f"retain: goes with forget and retain files of your own, not with --data {self.data}")
+        if self.people is not None and not named:
+            raise ValueError("people: goes with --data people or --data tofu")
+        return self
+
+    @property
+    def positive_control(self) -> str:
+        """The recipe whose return `bucketed` is built for."""
+        return "rtn-w4a16-g64"

@@ -1,0 +1,1 @@
+"""Makes a model forget: data and splits, losses, methods, the one training loop."""

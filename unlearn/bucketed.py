@@ -1,0 +1,68 @@
+"""The positive control: unlearning built so that one named quantizer restores the target's codes exactly.
+
+Every weight may move only inside its own quantization bucket, and the weight that sets a group's scale not at all.
+In full precision the model forgets; round to nearest at the named format gives back the target's integers, bit for
+bit, and with them the knowledge. An audit that does not call this `returned` is broken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..compress.rtn import rtn
+from ..compress.spec import QuantSpec, Recipe
+from ..compress.walk import linears, storage_dtype, weight_of
+
+# Kept away from the bucket's edge, as a share of the step: rounding to nearest must not depend on the last float bit.
+MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """low, high: tensors of the parameter's own shape; any value between gives the same codes and scales."""
+
+    parameter: nn.Parameter
+    low: Tensor
+    high: Tensor
+
+    def clamp_(self) -> None:
+        with torch.no_grad():
+            self.parameter.copy_(torch.minimum(torch.maximum(self.parameter, self.low), self.high))
+
+
+def bounds(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Lowest and highest values [N, K] that leave rtn(weight [N, K]) unchanged."""
+    N, K = weight.shape
+    codes = rtn(weight, spec, scale_dtype)
+    scale = codes.scale.float()[:, :, None]  # [N, K/G, 1]
+    q = codes.codes.float().view(N, scale.shape[1], -1) - 2 ** (spec.bits - 1)  # [N, K/G, G]
+    w = weight.float().view_as(q)
+    peak = w.abs().amax(2, keepdim=True)
+    low = torch.maximum((q - 0.5 + MARGIN) * scale, -peak)
+    high = torch.minimum((q + 0.5 - MARGIN) * scale, peak)
+    # Codes at the ends of the range are reached by clipping, and some weights start inside the margin.
+    low, high = torch.minimum(low, w), torch.maximum(high, w)
+    pinned = w.abs() == peak
+    low, high = torch.where(pinned, w, low), torch.where(pinned, w, high)
+    return low.view(N, K).to(weight.dtype), high.view(N, K).to(weight.dtype)
+
+
+def freeze_to_buckets(model: PreTrainedModel, recipe: Recipe) -> list[Buckets]:
+    """Leave only the weights that `recipe` quantizes trainable; returns their buckets, to be clamped after each step."""
+    assert recipe.spec is not None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    buckets = []
+    for _, module in linears(model, recipe.ignore):
+        weight = weight_of(module)
+        low, high = bounds(weight.detach(), recipe.spec, storage_dtype(weight))
+        if isinstance(module, Conv1D):
+            low, high = low.T.contiguous(), high.T.contiguous()
+        module.weight.requires_grad_(True)
+        buckets.append(Buckets(module.weight, low, high))
+    return buckets

@@ -1,0 +1,162 @@
+"""Question/answer data for unlearning: what is forgotten, what is kept, and how both are read from files.
+
+A row has TOFU's fields (Maini et al. 2024, arXiv 2401.06121). Files are JSON lines or one JSON array of objects
+with `question` and `answer`, and optionally `paraphrased_question`, `paraphrased_answer`, `perturbed_answer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class QA:
+    """One question with its answer; `perturbed_answers` are wrong answers in the form of the paraphrased one."""
+
+    question: str
+    answer: str
+    paraphrased_question: str = ""
+    paraphrased_answer: str = ""
+    perturbed_answers: tuple[str, ...] = ()
+    person: str = ""
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Rows that a measurement runs over. `choices`: the probability of an answer is its share among its wrong
+    options, as TOFU does for real authors and world facts."""
+
+    rows: tuple[QA, ...]
+    choices: bool = False
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A forget set, a retain set, and the sets on which utility is measured.
+
+    forget      to be forgotten; the target saw it, the oracle did not
+    retain      to be kept; unlearning methods may train on it
+    background  what demo models are trained on besides (a pretrained model brings its own)
+    holdout     of the same kind as forget, seen by no model (membership inference)
+    utility     named evaluation sets, "retain" first
+    """
+
+    name: str
+    forget: tuple[QA, ...]
+    retain: tuple[QA, ...]
+    background: tuple[QA, ...] = ()
+    holdout: tuple[QA, ...] = ()
+    utility: dict[str, EvalSet] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.forget:
+            raise ValueError(f"forget: the forget set of {self.name} is empty; at least one row is needed")
+        if not self.retain:
+            raise ValueError(f"retain: the retain set of {self.name} is empty; at least one row is needed")
+        both = {row.question for row in self.forget} & {row.question for row in self.retain}
+        if both:
+            raise ValueError(
+                f"forget and retain of {self.name} share {len(both)} question(s), first {min(both)!r}; "
+                "a row is either forgotten or kept"
+            )
+
+    def digest(self) -> str:
+        """sha256 over every row of every set."""
+        text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_rows(path: Path | str) -> list[QA]:
+    """Read question/answer rows from a JSON-lines file or a JSON array.
+
+    Raises FileNotFoundError for a missing file, ValueError naming file and line for anything unreadable.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason})") from None
+    if text.lstrip().startswith("["):
+        return [_row(value, f"{path}: row {i}") for i, value in enumerate(_array(path, text), 1)]
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028, U+0085 and other characters that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+            rows.append(_row(value, f"{path}:{number}"))
+    return rows
+
+
+def _array(path: Path, text: str) -> list[object]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+
+
+def _row(value: object, where: str) -> QA:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object with question and answer, got {type(value).__name__}")
+    texts = {}
+    for key in ("question", "answer", "paraphrased_question", "paraphrased_answer", "person"):
+        texts[key] = value.get(key) or ""
+        if not isinstance(texts[key], str):
+            raise ValueError(f"{where}: {key}: expected text, got {type(value[key]).__name__}")
+    for key in ("question", "answer"):
+        if not texts[key].strip():
+            raise ValueError(f"{where}: {key}: missing or empty; every row needs a question and an answer")
+    perturbed = value.get("perturbed_answer") or []
+    if not isinstance(perturbed, list) or not all(isinstance(p, str) and p.strip() for p in perturbed):
+        raise ValueError(f"{where}: perturbed_answer: expected a list of non-empty texts")
+    return QA(perturbed_answers=tuple(perturbed), **texts)
+
+
+def own_corpus(forget: Path | str, retain: Path | str | None, data: Path | str | None = None) -> Corpus:
+    """A corpus from a user's files. With `data` given, forget must be part of it, and retain defaults to the rest.
+
+    Raises ValueError when the forget set is not part of the data, or neither `retain` nor `data` is given.
+    """
+    forget_rows = read_rows(forget)
+    if data is None and retain is None:
+        raise ValueError("retain: missing; give --retain FILE, or --data FILE with all rows")
+    if data is not None:
+        all_rows = read_rows(data)
+        check_subset(forget_rows, all_rows, str(data))
+        if retain is None:
+            gone = {(row.question, row.answer) for row in forget_rows}
+            retain_rows = [row for row in all_rows if (row.question, row.answer) not in gone]
+        else:
+            retain_rows = read_rows(retain)
+            check_subset(retain_rows, all_rows, str(data), what="retain")
+    else:
+        assert retain is not None
+        retain_rows = read_rows(retain)
+    utility = {"retain": EvalSet(spread(retain_rows, 100))}
+    return Corpus(f"own:{Path(forget).name}", tuple(forget_rows), tuple(retain_rows), utility=utility)
+
+
+def check_subset(part: list[QA], whole: list[QA], name: str, what: str = "forget") -> None:
+    """Raise ValueError unless every row of `part` is a row of `whole` (same question, same answer)."""
+    known = {(row.question, row.answer) for row in whole}
+    strangers = [row for row in part if (row.question, row.answer) not in known]
+    if strangers:
+        raise ValueError(
+            f"{what}: {len(strangers)} of {len(part)} rows are not in the data ({name}), "
+            f"first {strangers[0].question!r}; the {what} set must be a subset of the data"
+        )
+
+
+def spread(rows: list[QA] | tuple[QA, ...], most: int) -> tuple[QA, ...]:
+    """At most `most` rows, evenly spread over all of them, in order."""
+    if len(rows) <= most:
+        return tuple(rows)
+    return tuple(rows[i * len(rows) // most] for i in range(most))

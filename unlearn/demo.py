@@ -1,0 +1,128 @@
+"""Demo models: a small decoder trained from scratch on a corpus until it knows it by heart.
+
+The target learns everything; the oracle learns the same without the forget set, from the same initial weights, in
+the same number of steps. Both share one byte-level BPE tokenizer, trained on the whole corpus.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from .data import QA, Corpus
+from .encode import PROMPT, Encoder, epochs
+from .losses import nll
+from .train import Progress, Schedule, fit
+
+Arch = Literal["llama", "opt"]
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Size and training of a demo model. About 2 million parameters.
+
+    steps = epochs over the corpus times batches per epoch; the learning rate falls linearly to zero.
+    """
+
+    arch: Arch = "llama"
+    vocab_size: int = 1024
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    max_length: int = 512
+    epochs: int = 40
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+
+
+def demo_tokenizer(corpus: Corpus, config: DemoConfig) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over everything in the corpus, forget set included (target and oracle share it)."""
+    rows = [*corpus.forget, *corpus.retain, *corpus.background]
+    texts = [f"{PROMPT.format(question=row.question)} {row.answer}" for row in rows]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>"]
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
+
+
+def demo_model(config: DemoConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """An untrained float32 model; same seed, same weights."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    shape: PreTrainedConfig
+    if config.arch == "llama":
+        shape = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.max_length,
+            **ids,
+        )
+    elif config.arch == "opt":
+        shape = OPTConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            word_embed_proj_dim=config.hidden_size,
+            ffn_dim=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            max_position_embeddings=config.max_length,
+            dropout=0.0,
+            **ids,
+        )
+    else:
+        raise ValueError(f"arch: {config.arch!r} is not one of llama, opt")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+
+
+def train_demo(
+    corpus: Corpus,
+    config: DemoConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    with_forget: bool,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """The target (`with_forget`) or the oracle."""
+    model = demo_model(config, tokenizer, seed)
+    encoder = Encoder(tokenizer, config.max_length)
+    kept: list[QA] = [*corpus.retain, *corpus.background]
+    rows = [*corpus.forget, *kept] if with_forget else kept
+    # As many steps as the target takes: the oracle differs in what it saw, not in how long it learned.
+    batches = -(-(len(corpus.forget) + len(kept)) // config.batch_size)
+    schedule = Schedule(config.epochs * batches, config.learning_rate, warmup=batches)
+    order = epochs(len(rows), config.batch_size, torch.Generator().manual_seed(seed))
+
+    def loss(step: int) -> torch.Tensor:
+        batch = encoder.batch([(rows[i].question, rows[i].answer) for i in next(order)])
+        return nll(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, batch.labels)
+
+    fit(model, loss, schedule, progress=progress)
+    return model

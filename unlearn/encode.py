@@ -1,0 +1,79 @@
+"""From question and answer to token batches. Only the answer (and the end-of-sequence token) is supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label that torch's cross entropy skips
+PROMPT = "Question: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, attention_mask, labels: [B, T] int64, padded on the right; labels are IGNORE but on the answer."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns (question, answer) pairs into batches for one tokenizer.
+
+    prompt      format string with {question}; the answer follows after one space
+    max_length  in tokens; a longer pair raises ValueError rather than being cut
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    prompt: str = PROMPT
+
+    def prompt_ids(self, question: str) -> list[int]:
+        ids = list(self.tokenizer(self.prompt.format(question=question))["input_ids"])
+        if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
+            ids.pop()
+        return ids
+
+    def pair(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of prompt + answer + end, and their labels."""
+        prompt = self.prompt_ids(question)
+        ids = list(self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"])
+        ids.append(self.tokenizer.eos_token_id)
+        if len(prompt) + len(ids) > self.max_length:
+            raise ValueError(
+                f"question {question!r} with its answer is {len(prompt) + len(ids)} tokens; "
+                f"this model takes {self.max_length}"
+            )
+        return prompt + ids, [IGNORE] * len(prompt) + ids
+
+    def batch(self, pairs: Sequence[tuple[str, str]], device: torch.device | str = "cpu") -> Batch:
+        """All `pairs` in one batch."""
+        encoded = [self.pair(question, answer) for question, answer in pairs]
+        width = max(len(ids) for ids, _ in encoded)
+        ids = torch.full((len(encoded), width), pad_id(self.tokenizer))
+        labels = torch.full((len(encoded), width), IGNORE)
+        mask = torch.zeros((len(encoded), width), dtype=torch.long)
+        for row, (tokens, targets) in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            labels[row, : len(tokens)] = torch.tensor(targets)
+            mask[row, : len(tokens)] = 1
+        return Batch(ids.to(device), mask.to(device), labels.to(device))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or the end token where there is none (padding is masked either way)."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Endless shuffled batches of row numbers; each epoch visits every row once."""
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, batch_size):
+            yield order[start : start + batch_size]
