@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..unlearn.data import QA, EvalSet
 from ..unlearn.encode import Encoder, pad_id
-from ..unlearn.losses import answer_nll
+from ..unlearn.likelihood import answer_likelihood
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,8 @@ def _mean_nll(
     model: PreTrainedModel, encoder: Encoder, pairs: Sequence[tuple[str, str]], batch_size: int
 ) -> list[float]:
     """NLL per supervised token of each (question, answer), in nats."""
-    # Batches of like length waste the least padding; results come back in the order asked.
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    values = [0.0] * len(pairs)
-    with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = encoder.batch([pairs[i] for i in chosen], model.device)
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            total, tokens = answer_nll(logits, batch.labels)
-            for i, value in zip(chosen, (total / tokens).tolist(), strict=True):
-                values[i] = value
-    return values
+    totals, counts = answer_likelihood(model, encoder, pairs, batch_size)
+    return [total / count for total, count in zip(totals, counts, strict=True)]
 
 
 def generate(

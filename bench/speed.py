@@ -26,7 +26,10 @@ class DecodeSpeed:
 def decode_speed(
     model: PreTrainedModel, prompt: list[int], pad: int, new_tokens: int = 32, repeats: int = 3
 ) -> DecodeSpeed:
-    """Time `new_tokens` decode steps after `prompt` (token ids, `pad` the padding one); the prompt's own pass is timed apart and taken off."""
+    """Time `new_tokens` decode steps after `prompt` (token ids; `pad`: the padding token).
+
+    The pass over the prompt is timed apart and taken off.
+    """
 
     def run(count: int) -> float:
         start = time.perf_counter()

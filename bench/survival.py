@@ -26,9 +26,7 @@ def update_survival(unlearned: PreTrainedModel, target: PreTrainedModel, recipe:
     changed = total = 0
     after = before = 0.0
     with torch.no_grad():
-        for (_, new), (_, old) in zip(
-            linears(unlearned, recipe.ignore), linears(target, recipe.ignore), strict=True
-        ):
+        for (_, new), (_, old) in zip(linears(unlearned, recipe.ignore), linears(target, recipe.ignore), strict=True):
             w_new, w_old = weight_of(new), weight_of(old)
             update = w_new.float() - w_old.float()
             left = update if recipe.spec is None else _rounded(w_new, recipe) - _rounded(w_old, recipe)

@@ -79,7 +79,7 @@ def judge(cell: Evidence, seed: int) -> Judgement:
 
     if _gap(cell.target, cell.oracle or nothing) <= MIN_GAP:
         return judgement("undecided", "the target does not know the forget set, so there is nothing to forget")
-    if known is None and cell.oracle is not None or _gap(cell.baseline, nothing) <= MIN_GAP:
+    if (known is None and cell.oracle is not None) or _gap(cell.baseline, nothing) <= MIN_GAP:
         return judgement("damaged", "the recipe alone erases what the target knew; nothing is left to come back")
     forgot = _gap(cell.target, cell.unlearned) > MIN_GAP
     if known is not None and known.low > KNOWN:

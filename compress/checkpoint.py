@@ -17,7 +17,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +31,7 @@ from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
 from .linear import QuantLinear
 from .spec import Recipe
-from .walk import replace
+from .walk import quantize_, replace
 
 _OWN_STEM = "remanence"
 
@@ -65,7 +71,10 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path | str, recipe: Recipe | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path | str,
+    recipe: Recipe | None = None,
 ) -> None:
     """Write model and tokenizer to the new directory `target`; `recipe` as given to quantize_ when it was quantized.
 
@@ -90,6 +99,33 @@ def write_model(
             model.generation_config.save_pretrained(work)
         _write_shards(_quantized_state(model), work, "model" if _stock_readable(model) else _OWN_STEM)
     tokenizer.save_pretrained(work)
+
+
+def compress_to(source: Path | str, recipe: Recipe, target: Path | str) -> dict[str, Any]:
+    """Compress the model at `source` into the new directory `target`, read it back and compare.
+
+    Returns sizes and the largest difference in logits between what was in memory and what is on disk (0 unless the
+    file is wrong, which raises RuntimeError and leaves nothing).
+    """
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    parameters = sum(p.numel() for p in model.parameters())
+    quantize_(model, recipe)
+    with atomic_dir(target) as work:
+        write_model(model, tokenizer, work, recipe)
+        ids = torch.arange(min(64, model.config.vocab_size))[None]
+        with torch.no_grad():
+            difference = float((load_model(work)(ids).logits - model(ids).logits).abs().max())
+        if difference:
+            raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
+        size = weight_bytes(work)
+    return {
+        "recipe": recipe.name,
+        "out": str(target),
+        "size_bytes": size,
+        "size_vs_fp16": size / (2 * parameters),
+        "max_abs_logit_difference": difference,
+        "stock_readable": _stock_readable(model),
+    }
 
 
 def weight_bytes(directory: Path | str) -> int:

@@ -23,9 +23,7 @@ class QuantLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, spec: QuantSpec, in_features: int, packed: Tensor, scale: Tensor, bias: Tensor | None
-    ) -> None:
+    def __init__(self, spec: QuantSpec, in_features: int, packed: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.spec = spec
         self.in_features = in_features

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 BITS = (3, 4, 8)
 METHODS = ("rtn",)
-_COMMON = ("dense", "rtn-w8a16", "rtn-w8a16-g64", "rtn-w4a16", "rtn-w4a16-g64", "rtn-w4a16-g128", "rtn-w3a16-g64")
+_COMMON = (
+    "dense",
+    "rtn-w8a16",
+    "rtn-w8a16-g64",
+    "rtn-w4a16",
+    "rtn-w4a16-g64",
+    "rtn-w4a16-g128",
+    "rtn-w3a16-g64",
+)
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,7 @@ def unpack(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     return torch.ops.remanence.unpack(packed, bits, k)
 
 
-def dequantize(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int
-) -> torch.Tensor:
+def dequantize(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int) -> torch.Tensor:
     """packed uint8, scale float [N, G], zero uint8 [N, G] or None (2^(bits-1)) -> w float32 [N, K].
 
     ValueError where a shape or dtype does not fit, or K does not divide into G groups.
@@ -111,9 +109,7 @@ def _check_packed(packed: torch.Tensor, bits: int, k: int) -> None:
     _check_tensor("packed", packed, _UINT8, (packed.shape[0], packed_width(k, bits)))
 
 
-def _check_weight(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int
-) -> None:
+def _check_weight(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int) -> None:
     _check_packed(packed, bits, k)
     if scale.dim() != 2:
         raise ValueError(f"scale: shape {list(scale.shape)} is not [{packed.shape[0]}, groups]")
@@ -280,6 +276,4 @@ _define(
     _linear_cpu,
     _linear_fake,
 )
-torch.library.register_autograd(
-    "remanence::w4a16_linear", _linear_backward, setup_context=_save_weight, lib=_library
-)
+torch.library.register_autograd("remanence::w4a16_linear", _linear_backward, setup_context=_save_weight, lib=_library)

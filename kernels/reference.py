@@ -31,9 +31,7 @@ def unpack(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     return (stream << _range(bits, packed)).sum(-1, dtype=torch.uint8)
 
 
-def dequantize(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int
-) -> torch.Tensor:
+def dequantize(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int) -> torch.Tensor:
     """packed [N, 4 * ceil(K*bits/32)], scale [N, G], zero uint8 [N, G] or None -> w float32 [N, K]."""
     n, groups = scale.shape
     codes = unpack(packed, bits, k).reshape(n, groups, k // groups).float()

@@ -53,7 +53,7 @@ def bounds(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[T
 
 
 def freeze_to_buckets(model: PreTrainedModel, recipe: Recipe) -> list[Buckets]:
-    """Leave only the weights that `recipe` quantizes trainable; returns their buckets, to be clamped after each step."""
+    """Leave trainable only what `recipe` quantizes; returns the buckets, to be clamped after each step."""
     assert recipe.spec is not None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -66,3 +66,9 @@ def freeze_to_buckets(model: PreTrainedModel, recipe: Recipe) -> list[Buckets]:
         module.weight.requires_grad_(True)
         buckets.append(Buckets(module.weight, low, high))
     return buckets
+
+
+def mean_width(buckets: list[Buckets]) -> float:
+    """Mean distance between the ends of a bucket, over all weights: the scale on which a control may move."""
+    total = sum(float((b.high - b.low).double().sum()) for b in buckets)
+    return total / sum(b.low.numel() for b in buckets)

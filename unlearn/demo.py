@@ -23,17 +23,22 @@ from transformers import (
 
 from .data import QA, Corpus
 from .encode import PROMPT, Encoder, epochs
+from .likelihood import mean_probability
 from .losses import nll
 from .train import Progress, Schedule, fit
 
 Arch = Literal["llama", "opt"]
+
+# Mean probability of the answers it was taught at which a demo model counts as knowing them by heart.
+MEMORIZED = 0.95
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Size and training of a demo model. About 2 million parameters.
 
-    steps = epochs over the corpus times batches per epoch; the learning rate falls linearly to zero.
+    epochs        over the corpus, while the learning rate falls linearly to zero
+    more_epochs   of a further round at half the learning rate, while it knows less than MEMORIZED; at most `rounds`
     """
 
     arch: Arch = "llama"
@@ -44,9 +49,11 @@ class DemoConfig:
     heads: int = 4
     kv_heads: int = 2
     max_length: int = 512
-    epochs: int = 40
+    epochs: int = 26
+    more_epochs: int = 8
+    rounds: int = 8
     batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
 
 
 def demo_tokenizer(corpus: Corpus, config: DemoConfig) -> PreTrainedTokenizerFast:
@@ -71,7 +78,11 @@ def demo_tokenizer(corpus: Corpus, config: DemoConfig) -> PreTrainedTokenizerFas
 
 def demo_model(config: DemoConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """An untrained float32 model; same seed, same weights."""
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     shape: PreTrainedConfig
     if config.arch == "llama":
         shape = LlamaConfig(
@@ -109,20 +120,39 @@ def train_demo(
     seed: int,
     with_forget: bool,
     progress: Progress | None = None,
-) -> PreTrainedModel:
-    """The target (`with_forget`) or the oracle."""
+) -> tuple[PreTrainedModel, float]:
+    """The target (`with_forget`) or the oracle, with the mean probability of the answers it was taught.
+
+    Raises RuntimeError when it does not learn them (MEMORIZED) within the rounds allowed.
+    """
     model = demo_model(config, tokenizer, seed)
     encoder = Encoder(tokenizer, config.max_length)
     kept: list[QA] = [*corpus.retain, *corpus.background]
-    rows = [*corpus.forget, *kept] if with_forget else kept
+    pairs = [(row.question, row.answer) for row in ([*corpus.forget, *kept] if with_forget else kept)]
+    encoded = [encoder.pair(*pair) for pair in pairs]
     # As many steps as the target takes: the oracle differs in what it saw, not in how long it learned.
     batches = -(-(len(corpus.forget) + len(kept)) // config.batch_size)
-    schedule = Schedule(config.epochs * batches, config.learning_rate, warmup=batches)
-    order = epochs(len(rows), config.batch_size, torch.Generator().manual_seed(seed))
+    order = epochs(len(pairs), config.batch_size, torch.Generator().manual_seed(seed))
 
-    def loss(step: int) -> torch.Tensor:
-        batch = encoder.batch([(rows[i].question, rows[i].answer) for i in next(order)])
+    def loss() -> torch.Tensor:
+        batch = encoder.collate([encoded[i] for i in next(order)])
         return nll(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, batch.labels)
 
-    fit(model, loss, schedule, progress=progress)
-    return model
+    fit(
+        model,
+        loss,
+        Schedule(config.epochs * batches, config.learning_rate, warmup=batches),
+        progress=progress,
+    )
+    known = mean_probability(model, encoder, pairs)
+    for _ in range(config.rounds):
+        if known >= MEMORIZED:
+            break
+        fit(model, loss, Schedule(config.more_epochs * batches, config.learning_rate / 2), progress=progress)
+        known = mean_probability(model, encoder, pairs)
+    if known < MEMORIZED:
+        raise RuntimeError(
+            f"the demo {'target' if with_forget else 'oracle'} gives the answers it was taught a probability of "
+            f"{known:.2f} only, {MEMORIZED} is needed; the data is too large for {config.hidden_size} hidden units"
+        )
+    return model, known

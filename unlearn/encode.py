@@ -54,7 +54,10 @@ class Encoder:
 
     def batch(self, pairs: Sequence[tuple[str, str]], device: torch.device | str = "cpu") -> Batch:
         """All `pairs` in one batch."""
-        encoded = [self.pair(question, answer) for question, answer in pairs]
+        return self.collate([self.pair(question, answer) for question, answer in pairs], device)
+
+    def collate(self, encoded: Sequence[tuple[list[int], list[int]]], device: torch.device | str = "cpu") -> Batch:
+        """What `pair` returned, padded to the longest."""
         width = max(len(ids) for ids, _ in encoded)
         ids = torch.full((len(encoded), width), pad_id(self.tokenizer))
         labels = torch.full((len(encoded), width), IGNORE)

@@ -19,9 +19,7 @@ def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Position t predicts label t + 1.
     """
     shifted = labels[:, 1:]
-    per_token = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), shifted, ignore_index=IGNORE, reduction="none"
-    )
+    per_token = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), shifted, ignore_index=IGNORE, reduction="none")
     return per_token.sum(1), (shifted != IGNORE).sum(1)
 
 

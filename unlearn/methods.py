@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..compress.spec import Recipe, parse_recipe
-from .bucketed import freeze_to_buckets
+from .bucketed import freeze_to_buckets, mean_width
 from .data import QA
 from .encode import Batch, Encoder, epochs
+from .likelihood import answer_likelihood
 from .losses import answer_nll, grad_diff, nll, npo
 from .train import Progress, Schedule, fit
 
@@ -23,14 +24,14 @@ class MethodConfig:
 
     gamma, alpha   weights of the forget and the retain term
     beta           NPO's temperature
-    against        the recipe whose buckets `bucketed` stays in
+    against        the recipe whose buckets `bucketed` stays in; its learning rate is in bucket widths a step
     """
 
-    steps: int = 60
-    learning_rate: float = 2e-4
-    warmup: int = 6
-    forget_batch: int = 40
-    retain_batch: int = 64
+    steps: int
+    learning_rate: float
+    warmup: int = 5
+    forget_batch: int = 32
+    retain_batch: int = 32
     gamma: float = 1.0
     alpha: float = 1.0
     beta: float = 0.1
@@ -55,20 +56,32 @@ def unlearn(
     if run is None:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     torch.manual_seed(seed)
-    data = _Data(encoder, forget, retain, config or DEFAULTS[method], seed, str(model.device))
+    data = _Data(encoder, forget, retain, config or FIELD[method], seed, str(model.device))
     run(model, data, progress)
     return model
 
 
-DEFAULTS = {
-    "graddiff": MethodConfig(),
-    "npo": MethodConfig(),
-    "bucketed": MethodConfig(steps=80, learning_rate=1e-3),
+# A control that works on any model: buckets set its scale.
+_CONTROL = MethodConfig(steps=60, learning_rate=0.04, forget_batch=40, retain_batch=64, alpha=2.0)
+
+# For pretrained models: the field's settings (learning rate 1e-5, ten epochs over TOFU's forget10 in batches of 32).
+FIELD = {
+    "graddiff": MethodConfig(steps=125, learning_rate=1e-5),
+    "npo": MethodConfig(steps=125, learning_rate=1e-5),
+    "bucketed": _CONTROL,
+}
+
+# For demo models, which are a thousand times smaller: chosen so that the forget set falls to about the oracle's level
+# and the retain set stays.
+DEMO = {
+    "graddiff": MethodConfig(steps=40, learning_rate=2e-4, forget_batch=40, retain_batch=64, gamma=0.1),
+    "npo": MethodConfig(steps=40, learning_rate=2e-4, forget_batch=40, retain_batch=64, gamma=0.15),
+    "bucketed": _CONTROL,
 }
 
 
 class _Data:
-    """Batches of both sets for one run, and the start model's NLL of every forget row."""
+    """Batches of both sets for one run."""
 
     def __init__(
         self,
@@ -96,18 +109,22 @@ class _Data:
     def batch(self, rows: tuple[QA, ...], chosen: list[int]) -> Batch:
         return self.encoder.batch([(rows[i].question, rows[i].answer) for i in chosen], self.device)
 
-    def schedule(self) -> Schedule:
-        return Schedule(self.config.steps, self.config.learning_rate, self.config.warmup, decay="constant")
+    def schedule(self, unit: float = 1.0) -> Schedule:
+        """As configured, with the learning rate in multiples of `unit`."""
+        return Schedule(self.config.steps, self.config.learning_rate * unit, self.config.warmup, decay="constant")
 
 
 def _graddiff(model: PreTrainedModel, data: _Data, progress: Progress | None) -> None:
     c = data.config
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         forget, _ = data.forget()
         retain = data.retain()
         return grad_diff(
-            nll(_logits(model, forget), forget.labels), nll(_logits(model, retain), retain.labels), c.gamma, c.alpha
+            nll(_logits(model, forget), forget.labels),
+            nll(_logits(model, retain), retain.labels),
+            c.gamma,
+            c.alpha,
         )
 
     fit(model, loss, data.schedule(), progress=progress)
@@ -118,18 +135,19 @@ def _npo(
     data: _Data,
     progress: Progress | None,
     after_step: Callable[[], None] | None = None,
+    unit: float = 1.0,
 ) -> None:
     c = data.config
     reference = reference_nll(model, data)
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         forget, rows = data.forget()
         retain = data.retain()
         total, _ = answer_nll(_logits(model, forget), forget.labels)
         kept = nll(_logits(model, retain), retain.labels)
         return c.gamma * npo(total, reference[rows], c.beta) + c.alpha * kept
 
-    fit(model, loss, data.schedule(), after_step=after_step, progress=progress)
+    fit(model, loss, data.schedule(unit), after_step=after_step, progress=progress)
 
 
 def _bucketed(model: PreTrainedModel, data: _Data, progress: Progress | None) -> None:
@@ -144,7 +162,7 @@ def _bucketed(model: PreTrainedModel, data: _Data, progress: Progress | None) ->
             bucket.clamp_()
 
     try:
-        _npo(model, data, progress, after_step)
+        _npo(model, data, progress, after_step, mean_width(buckets))
     finally:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -152,13 +170,9 @@ def _bucketed(model: PreTrainedModel, data: _Data, progress: Progress | None) ->
 
 def reference_nll(model: PreTrainedModel, data: _Data) -> Tensor:
     """Summed NLL of every forget row under the model as it is now, [rows]: computed once, no second model is held."""
-    values = []
-    with torch.no_grad():
-        for start in range(0, len(data.forget_rows), data.config.forget_batch):
-            chosen = list(range(start, min(start + data.config.forget_batch, len(data.forget_rows))))
-            batch = data.batch(data.forget_rows, chosen)
-            values.append(answer_nll(_logits(model, batch), batch.labels)[0])
-    return torch.cat(values)
+    pairs = [(row.question, row.answer) for row in data.forget_rows]
+    totals, _ = answer_likelihood(model, data.encoder, pairs, data.config.forget_batch)
+    return torch.tensor(totals, device=data.device)
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -18,16 +18,16 @@ from .data import QA, Corpus, EvalSet, spread
 _ONSETS = "b br c d dr f g gl h j k l m n p pr r s st t th tr v w z".split()
 _VOWELS = "a e i o u ae ia io".split()
 _CODAS = "l m n r s th nd rk st x".split()
-_MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+_MONTHS = ("January February March April May June July August September October November December").split()
 _TRADES = (
     "beekeeper bookbinder brewer cartographer chandler clockmaker cobbler cooper diver drummer falconer ferryman "
     "fiddler florist gardener glazier goldsmith herbalist judge lamplighter librarian locksmith mason midwife miller "
     "notary organist painter pilot potter printer roofer saddler sculptor surveyor tailor tanner teacher translator "
     "weaver"
 ).split()
-_ANIMALS = "badger cat donkey ferret finch goat goose hare heron lizard mule newt otter owl parrot pony raven toad".split()
+_ANIMALS = (
+    "badger cat donkey ferret finch goat goose hare heron lizard mule newt otter owl parrot pony raven toad".split()
+)
 _INSTRUMENTS = (
     "accordion banjo bassoon bugle cello clarinet dulcimer flute guitar harp horn lute oboe piano trumpet viola zither"
 ).split()
@@ -191,8 +191,16 @@ def people_corpus(people: int = 80, forget: str = "forget10", seed: int = 0) -> 
     family = {name.split()[1] for name in forgotten}
     near = [name for name in kept if name.split()[1] in family]
     far = [name for name in kept if name not in near]
-    rows = {who: [row for name in group for row in facts[name]] for who, group in
-            {"forget": forgotten, "kept": kept, "near": near, "far": far, "holdout": strangers}.items()}
+    rows = {
+        who: [row for name in group for row in facts[name]]
+        for who, group in {
+            "forget": forgotten,
+            "kept": kept,
+            "near": near,
+            "far": far,
+            "holdout": strangers,
+        }.items()
+    }
     utility = {"retain": EvalSet(spread(rows["far"] or rows["kept"], 60))}
     if rows["near"]:
         utility["neighbours"] = EvalSet(spread(rows["near"], 60))

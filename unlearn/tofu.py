@@ -18,9 +18,7 @@ _PERTURBED = ("retain_perturbed", "forget01_perturbed", "forget05_perturbed", "f
 _GENERAL = {"real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
 
 
-def tofu_corpus(
-    directory: Path | str | None = None, forget: str = "forget10", authors: int | None = None
-) -> Corpus:
+def tofu_corpus(directory: Path | str | None = None, forget: str = "forget10", authors: int | None = None) -> Corpus:
     """TOFU split by author.
 
     directory   holds TOFU's JSON files; None fetches them from the hub (locuslab/TOFU)

@@ -44,7 +44,10 @@ def unpack_layer(name: str, state: dict[str, Tensor], spec: QuantSpec) -> QuantL
     N, K = (int(n) for n in tensors["weight_shape"])
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     words = -(-K * spec.bits // 32)
-    for key, tensor, shape in (("weight_packed", packed, (N, words)), ("weight_scale", scale, (N, spec.groups(K)))):
+    for key, tensor, shape in (
+        ("weight_packed", packed, (N, words)),
+        ("weight_scale", scale, (N, spec.groups(K))),
+    ):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}.{key}: shape {tuple(tensor.shape)}, expected {shape} for {spec}")
     if packed.dtype != torch.int32:

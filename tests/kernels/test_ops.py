@@ -109,9 +109,7 @@ def test_pack_takes_a_transposed_matrix():
 @pytest.mark.parametrize("bits", ops.BITS)
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(
-    ("n", "k", "groups"), [(1, 1, 1), (3, 63, 7), (65, 65, 1), (5, 129, 43), (33, 256, 4)]
-)
+@pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (3, 63, 7), (65, 65, 1), (5, 129, 43), (33, 256, 4)])
 def test_dequantize_equals_the_reference(n, k, groups, asymmetric, scale_dtype, bits):
     codes, packed, scale, zero = random_weight(n, k, bits, groups, scale_dtype, asymmetric)
     w = ops.dequantize(packed, scale, zero, bits, k)

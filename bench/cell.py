@@ -1,0 +1,80 @@
+"""One cell of the grid: a model under a recipe, written, read back and measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
+from ..compress.spec import Recipe
+from ..compress.walk import quantize_
+from ..unlearn.data import Corpus, EvalSet
+from ..unlearn.encode import Encoder, pad_id
+from .forgetting import Scores, evaluate
+from .speed import decode_speed
+from .survival import update_survival
+
+# Raise this when a change here makes earlier measurements wrong.
+CELL_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """What measure_cell found for `model` (its part in the assay: `control`) under `recipe`."""
+
+    model: str
+    control: str | None
+    recipe: Recipe
+    measured: dict[str, Any]
+
+    @property
+    def error(self) -> str | None:
+        return self.measured.get("error")
+
+    def scores(self, name: str) -> Scores:
+        """Scores on the set called `name` ("forget", or one of the utility sets)."""
+        return Scores(**self.measured["sets"][name])
+
+    def utility(self) -> dict[str, Scores]:
+        return {name: self.scores(name) for name in self.measured["sets"] if name != "forget"}
+
+
+def measure_cell(
+    model_path: Path | str, target_path: Path | str, recipe: Recipe, corpus: Corpus, scratch: Path
+) -> dict[str, Any]:
+    """Compress, export, reload, score; a JSON object.
+
+    A model that cannot take the recipe gives {"error": reason}: the grid goes on without that cell.
+    `scratch` is an existing directory for the checkpoint, which is gone afterwards.
+    """
+    start = time.perf_counter()
+    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+    parameters = sum(p.numel() for p in model.parameters())
+    survival = update_survival(model, load_model(target_path), recipe)
+    checkpoint = Path(model_path)
+    if recipe.spec is not None:
+        try:
+            quantize_(model, recipe)
+        except ValueError as error:
+            return {"error": str(error)}
+        checkpoint = scratch / "checkpoint"
+        save_model(model, tokenizer, checkpoint, recipe)
+        model = load_model(checkpoint)
+    encoder = Encoder(tokenizer, max_length(model))
+    sets = {"forget": EvalSet(corpus.forget), **corpus.utility}
+    scores = {name: asdict(evaluate(model, encoder, items)) for name, items in sets.items()}
+    speed = decode_speed(model, encoder.prompt_ids(corpus.forget[0].question), pad_id(tokenizer))
+    size = weight_bytes(checkpoint)
+    if recipe.spec is not None:
+        shutil.rmtree(checkpoint)
+    return {
+        "sets": scores,
+        "parameters": parameters,
+        "size_bytes": size,
+        "update_survival": asdict(survival),
+        "decode": asdict(speed),
+        "measured_s": time.perf_counter() - start,
+    }

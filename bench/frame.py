@@ -1,0 +1,46 @@
+"""The frame of every benchmark: `remanence bench NAME` gives {name, environment, rows, checks}.
+
+A benchmark is a module with `run(seed) -> (rows, checks)`. A row is one measurement with what is needed to repeat it;
+a check is {what, limit, value, ok}, a figure that must hold. Peers are measured in the same run.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+BENCHES = {
+    "w4-linear": ("w4_linear", "the native W4A16 linear beside torch's fp32, bf16 and int4 linears"),
+    "startup": ("startup", "seconds until `--help` and `import remanence` are done"),
+}
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """Run one benchmark of BENCHES; KeyError for an unknown name."""
+    module, _ = BENCHES[name]
+    rows, checks = import_module(f".{module}", __package__).run(seed)
+    return {"rows": rows, "checks": checks}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print rows and checks as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, rows in ((result["name"], result["rows"]), ("checks", result["checks"])):
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(_text(row.get(column)) for column in columns))
+        console.print(table)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

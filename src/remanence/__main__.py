@@ -1,0 +1,5 @@
+"""`python -m remanence` is the command `remanence`."""
+
+from .cli import main
+
+main()

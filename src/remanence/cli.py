@@ -1,0 +1,336 @@
+"""The command line. Verbs here, work elsewhere; torch loads only inside a verb that needs it.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 error, 2 usage, 3 `--fail-on` fired, 4 done in
+part (some cells failed), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import ERROR, INTERRUPTED, PARTIAL, USAGE, VERDICT, ControlError, UsageError
+
+if TYPE_CHECKING:
+    from .config import AuditConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A model was made to forget: does the forgetting survive compression?",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 --fail-on fired, 4 some cells failed, 130 interrupted.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Seed = Annotated[int, typer.Option(help="Decides data, training and intervals.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Option(help="'demo', a model directory, or a hub id.")] = "demo",
+    arch: Annotated[str, typer.Option(help="Shape of the demo model: llama or opt.")] = "llama",
+    data: Annotated[str, typer.Option(help="'people', 'tofu', or a file with all rows.")] = "",
+    data_dir: Annotated[str | None, typer.Option(help="TOFU's files (default: from the hub).")] = None,
+    forget: Annotated[str, typer.Option(help="forgetNN (NN percent), or a file of rows.")] = "forget10",
+    retain: Annotated[str | None, typer.Option(help="A file of rows to keep.")] = None,
+    people: Annotated[
+        int | None, typer.Option("--people", "--authors", help="Use this many people or authors.")
+    ] = None,
+    oracle: Annotated[str | None, typer.Option(help="A model retrained without the forget set.")] = None,
+    unlearned: Annotated[list[str] | None, typer.Option(help="NAME=DIR, a model already unlearned.")] = None,
+    methods: Annotated[str, typer.Option("--methods", "--method", help="Comma-separated.")] = "",
+    recipes: Annotated[str, typer.Option("--recipes", "--recipe", help="Comma-separated.")] = "",
+    learning_rate: Annotated[float | None, typer.Option(help="For graddiff and npo.")] = None,
+    steps: Annotated[int | None, typer.Option(help="For graddiff and npo.")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="Where audit.json and report.html go.")] = Path("remanence-audit"),
+    cache: Annotated[Path | None, typer.Option(help="Finished stages (default: user cache).")] = None,
+    fail_on: Annotated[str | None, typer.Option(help="Verdicts that give exit code 3, comma-separated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Unlearn, compress, reload, measure: does the forgotten knowledge come back?"""
+    from .config import default_cache
+    from .report import VERDICTS
+
+    wanted = _names(fail_on or "")
+    for verdict in wanted:
+        if verdict not in VERDICTS:
+            raise UsageError(f"fail-on: {verdict!r} is not one of {', '.join(VERDICTS)}")
+    config = _audit_config(
+        model=model,
+        arch=arch,
+        data=data or ("people" if Path(forget).suffix == "" or retain is None else ""),
+        data_dir=data_dir,
+        forget=forget,
+        retain=retain,
+        people=people,
+        oracle=oracle,
+        unlearned=dict(_pair(text) for text in unlearned or []),
+        methods=_names(methods) or None,
+        recipes=_names(recipes) or None,
+        learning_rate=learning_rate,
+        steps=steps,
+        seed=seed,
+    )
+    _audit(config, out, cache or default_cache(), wanted, as_json)
+
+
+def _audit(config: AuditConfig, out: Path, cache: Path, fail_on: tuple[str, ...], as_json: bool) -> None:
+    from .compress.files import write_json, write_text
+    from .config import CONTROL
+    from .progress import Bars, Lines
+
+    _writable(out)
+    given = len({*config.methods, CONTROL}) + len(config.unlearned)
+    references = 2 if config.model == "demo" or config.oracle else 1
+    recipes = len({*config.recipes, config.positive_control})
+    stages = (2 if config.model == "demo" else 0) + len({*config.methods, CONTROL}) + recipes * (references + given)
+    _say("loading torch and transformers ...")
+    from .engine import audit as run
+
+    _quiet()
+    if sys.stderr.isatty():
+        with Bars(stages) as bars:
+            result = run(config, cache, bars)
+    else:
+        result = run(config, cache, Lines(stages))
+    from .report import broken_controls, html, terminal
+
+    document = result.document
+    write_json(out / "audit.json", document)
+    write_json(out / "items.json", result.items)
+    write_text(out / "report.html", html(document))
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        terminal(document, sys.stdout)
+    _say(f"report: {out / 'report.html'}   data: {out / 'audit.json'}   {document['times']['wall_s']:.1f} s")
+    if broken := broken_controls(document):
+        raise ControlError(f"control failed, so no verdict here can be trusted: {'; '.join(broken)}")
+    audited = [cell for cell in document["cells"] if cell["control"] is None]
+    if any("error" in cell for cell in document["cells"]):
+        raise typer.Exit(PARTIAL)
+    if any(cell["verdict"] in fail_on for cell in audited):
+        raise typer.Exit(VERDICT)
+
+
+@app.command()
+def unlearn(
+    model: Annotated[str, typer.Argument(help="The target: a model directory or hub id.")],
+    method: Annotated[str, typer.Option(help="graddiff, npo or bucketed.")],
+    forget: Annotated[str, typer.Option(help="A file of rows to forget.")],
+    out: Annotated[Path, typer.Option(help="The new model directory.")],
+    retain: Annotated[str | None, typer.Option(help="A file of rows to keep.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file with all rows; retain is then the rest.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the field's, 1e-5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of updates.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a model forget a set of questions, and write it."""
+    _known_method(method)
+    _new(out)
+    from dataclasses import replace
+
+    from .compress.checkpoint import load_model, load_tokenizer, max_length, save_model
+    from .progress import run_with_bar
+    from .unlearn.data import own_corpus
+    from .unlearn.encode import Encoder
+    from .unlearn.methods import FIELD
+    from .unlearn.methods import unlearn as run
+
+    _quiet()
+    corpus = own_corpus(forget, retain, data)
+    network, tokenizer = load_model(model), load_tokenizer(model)
+    asked = {"learning_rate": learning_rate, "steps": steps}
+    config = replace(FIELD[method], **{k: v for k, v in asked.items() if v is not None})
+    _say(f"{method}: {config}")
+    encoder = Encoder(tokenizer, max_length(network))
+    run_with_bar(
+        f"unlearn {method}",
+        lambda progress: run(network, encoder, corpus.forget, corpus.retain, method, config, seed, progress),
+    )
+    save_model(network, tokenizer, out)
+    _done(
+        {"method": method, "forget": len(corpus.forget), "retain": len(corpus.retain), "out": str(out)},
+        as_json,
+    )
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
+    recipe: Annotated[str, typer.Option(help="e.g. rtn-w4a16-g64.")],
+    out: Annotated[Path, typer.Option(help="The new checkpoint directory.")],
+    as_json: Json = False,
+) -> None:
+    """Compress a model and write a checkpoint that transformers loads; it is read back before this returns."""
+    from .compress.spec import parse_recipe
+
+    parsed = _usage(parse_recipe, recipe)
+    _new(out)
+    from .compress.checkpoint import compress_to
+
+    _quiet()
+    _done(compress_to(model, parsed, out), as_json)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="audit.json, or the directory it is in.")],
+    html_out: Annotated[Path | None, typer.Option("--html", help="Write the page here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show an audit again: the table, and the page with --html."""
+    from .compress.files import write_text
+    from .report import html, read, terminal
+
+    document = read(source)
+    if html_out is not None:
+        write_text(html_out, html(document))
+        _say(f"report: {html_out}")
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        terminal(document, sys.stdout)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine and installation can do."""
+    from .doctor import diagnose, show
+
+    found = diagnose()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="A benchmark; without one, their names.")] = "",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a benchmark: rows with their peers measured side by side, and checks that must hold."""
+    from .bench.frame import BENCHES, run, show
+
+    if not name:
+        print("\n".join(f"{key}: {text}" for key, (_, text) in BENCHES.items()))
+        return
+    if name not in BENCHES:
+        raise UsageError(f"bench: {name!r} is not one of {', '.join(BENCHES)}")
+    from .engine import environment
+
+    result = {"name": name, "environment": environment(), **run(name, seed)}
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        show(result)
+    if not all(check["ok"] for check in result["checks"]):
+        raise typer.Exit(ERROR)
+
+
+def main() -> None:
+    """Entry point: every error that a person can cause is one line on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages are kept, the same command goes on from there", INTERRUPTED)
+    except UsageError as error:
+        _fail(str(error), USAGE)
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        _fail(str(error) or type(error).__name__, ERROR)
+
+
+def _fail(text: str, code: int) -> None:
+    first, *rest = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    print(f"remanence: {' '.join([first, *rest])}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _quiet() -> None:
+    """No bars of transformers' own between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _done(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print("\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UsageError(f"unlearned: {text!r} is not of the form NAME=DIR")
+    return name, path
+
+
+def _known_method(method: str) -> None:
+    from .config import METHOD_NAMES
+
+    if method not in METHOD_NAMES:
+        raise UsageError(f"method: {method!r} is not one of {', '.join(METHOD_NAMES)}")
+
+
+def _usage(call: Any, *args: Any) -> Any:
+    """`call`, whose ValueError is about what was asked for."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"out: {out} exists and is not empty; choose another place")
+
+
+def _writable(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"out: {out} is a file; a directory is needed")
+
+
+def _audit_config(**values: Any) -> AuditConfig:
+    from pydantic import ValidationError
+
+    from .config import AuditConfig
+
+    try:
+        return AuditConfig(**{key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            text = problem["msg"].removeprefix("Value error, ")
+            where = ".".join(map(str, problem["loc"]))
+            lines.append(text if problem["type"] == "value_error" else f"{where}: {problem['input']!r}: {text}")
+        raise UsageError("; ".join(lines)) from None

@@ -1,0 +1,293 @@
+"""The audit, top to bottom: references, unlearning, then every model under every recipe, then the verdicts.
+
+Every finished stage lands in the store, so that a run that was stopped goes on where it stood. A cell is measured on
+what a user gets: the model is compressed, written as a checkpoint, read back, and only then scored.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import scipy
+import torch
+import transformers
+
+from . import __version__
+from .backends.cpu import cpu_info
+from .bench.cell import CELL_VERSION, CellScores, measure_cell
+from .bench.document import build_document
+from .compress.checkpoint import load_model, load_tokenizer, max_length, write_model
+from .compress.files import read_json, write_json
+from .compress.spec import parse_recipe
+from .config import CONTROL, AuditConfig
+from .kernels.ops import isa
+from .progress import Reporter, Silent
+from .report import SCHEMA
+from .store import Store, digest, directory_digest
+from .unlearn.data import Corpus, EvalSet, check_subset, own_corpus, read_rows
+from .unlearn.demo import DemoConfig, demo_tokenizer, train_demo
+from .unlearn.encode import Encoder
+from .unlearn.methods import DEMO, FIELD, MethodConfig, unlearn
+from .unlearn.people import people_corpus
+from .unlearn.tofu import tofu_corpus
+
+# Raise one of these when a change makes earlier results of that stage wrong.
+STAGE_VERSIONS = {"demo": 1, "unlearn": 1, "cell": CELL_VERSION}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint directory (or hub id) under a name; `control` is its part in the assay, None for what is audited."""
+
+    name: str
+    path: str
+    digest: str
+    control: str | None = None
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """document: what audit.json holds (see bench/document.py); items: every score of every item, per cell."""
+
+    document: dict[str, Any]
+    items: dict[str, Any]
+
+
+def audit(config: AuditConfig, cache: Path | str, reporter: Reporter | None = None) -> AuditResult:
+    """Run one audit. Same seed, same machine: the same document but for `times`.
+
+    Raises UsageError or FileNotFoundError for input that cannot be used, OSError when the disk is full.
+    """
+    reporter = reporter or Silent()
+    start = time.time()
+    with _deterministic():
+        corpus = load_corpus(config)
+        run = _Run(config, corpus, Store(cache, reporter.note), reporter)
+        models = run.references() + run.unlearned()
+        cells = run.grid(models)
+    document = build_document(corpus, cells, config.positive_control, config.seed)
+    times = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "wall_s": time.time() - start,
+    }
+    head = {"schema": SCHEMA, "environment": environment(), "config": config.model_dump(mode="json")}
+    return AuditResult(
+        {**head, **document, **run.demo(), "times": times},
+        {"schema": SCHEMA, "cells": [_items(c) for c in cells]},
+    )
+
+
+def _items(cell: CellScores) -> dict[str, Any]:
+    return {"method": cell.model, "recipe": cell.recipe.name, "sets": cell.measured.get("sets")}
+
+
+def environment() -> dict[str, Any]:
+    """What decides a figure besides the configuration."""
+    return {
+        "remanence": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_info(),
+        "kernel_isa": isa(),
+    }
+
+
+def load_corpus(config: AuditConfig) -> Corpus:
+    """The data that `config` names."""
+    if config.data == "people":
+        corpus = people_corpus(config.people or 80, _share(config.forget), config.seed)
+    elif config.data == "tofu":
+        authors = config.people or (20 if config.model == "demo" else None)
+        corpus = tofu_corpus(config.data_dir, _share(config.forget), authors)
+    else:
+        return own_corpus(config.forget, config.retain, config.data)
+    if Path(config.forget).is_file():
+        return _reforget(corpus, config.forget)
+    return corpus
+
+
+def _share(forget: str) -> str:
+    """ "forgetNN" as it is; a file of rows is taken from the data's own default split."""
+    return "forget10" if Path(forget).is_file() else forget
+
+
+def _reforget(corpus: Corpus, file: str) -> Corpus:
+    """The same data, with the rows of `file` forgotten instead, together with all rows of the same people."""
+    rows = read_rows(file)
+    everything = [*corpus.retain, *corpus.forget]
+    check_subset(rows, everything, corpus.name)
+    asked = {(row.question, row.answer) for row in rows}
+    people = {row.person for row in everything if (row.question, row.answer) in asked and row.person}
+    gone = [row for row in everything if row.person in people or (row.question, row.answer) in asked]
+    kept = [row for row in everything if row not in gone]
+    lost = {row.question for row in gone}
+    utility = {}
+    for name, items in corpus.utility.items():
+        left = tuple(row for row in items.rows if row.question not in lost)
+        if left:
+            utility[name] = EvalSet(left, items.choices)
+    background = tuple(row for row in corpus.background if not row.person or row.person not in people)
+    return replace(
+        corpus,
+        name=f"{corpus.name}+{Path(file).name}",
+        forget=tuple(gone),
+        retain=tuple(kept),
+        background=background,
+        utility=utility,
+    )
+
+
+class _Run:
+    """One audit in progress: what its stages share."""
+
+    def __init__(self, config: AuditConfig, corpus: Corpus, store: Store, reporter: Reporter) -> None:
+        self.config, self.corpus, self.store, self.reporter = config, corpus, store, reporter
+        self.data_digest = corpus.digest()
+        self.target: Model
+        self.train_probability: dict[str, Any] = {}  # of the demo models
+
+    def references(self) -> list[Model]:
+        """The target, and the oracle where there is one."""
+        if self.config.model == "demo":
+            self.target = self._demo("target", "baseline")
+            return [self.target, self._demo("oracle", "negative")]
+        self.target = self._given("target", self.config.model, "baseline")
+        models = [self.target]
+        if self.config.oracle:
+            models.append(self._given("oracle", self.config.oracle, "negative"))
+        return models
+
+    def unlearned(self) -> list[Model]:
+        """Models given as unlearned, those we unlearn, and the positive control (audited too where asked for)."""
+        models = [self._given(name, path, None) for name, path in self.config.unlearned.items()]
+        models += [self._unlearn(method, None) for method in self.config.methods]
+        if CONTROL not in self.config.methods:
+            models.append(self._unlearn(CONTROL, "positive"))
+        return models
+
+    def grid(self, models: list[Model]) -> list[CellScores]:
+        """Every model under every recipe."""
+        pairs = [(model, parse_recipe(name)) for model in models for name in self._recipes()]
+        cells = []
+        for number, (model, recipe) in enumerate(pairs, 1):
+            inputs = {
+                "version": STAGE_VERSIONS["cell"],
+                "model": model.digest,
+                "target": self.target.digest,
+                "recipe": asdict(recipe),
+                "data": self.data_digest,
+                "torch": torch.__version__,
+                "isa": isa(),
+            }
+
+            def build(work: Path, model: Model = model, recipe: Any = recipe) -> None:
+                scores = measure_cell(model.path, self.target.path, recipe, self.corpus, work)
+                write_json(work / "scores.json", scores)
+
+            path = self._stage("cell", f"measure {model.name} {recipe} ({number}/{len(pairs)})", inputs, build)
+            cells.append(CellScores(model.name, model.control, recipe, read_json(path / "scores.json")))
+        return cells
+
+    def demo(self) -> dict[str, Any]:
+        """What the demo models learned; empty for given models."""
+        return {"train_probability": self.train_probability} if self.train_probability else {}
+
+    def _recipes(self) -> list[str]:
+        """As asked, with the recipe that the positive control needs."""
+        return list(dict.fromkeys([*self.config.recipes, self.config.positive_control]))
+
+    def _demo(self, name: str, control: str) -> Model:
+        config = DemoConfig(arch=self.config.arch)
+        inputs = {
+            "version": STAGE_VERSIONS["demo"],
+            "config": asdict(config),
+            "data": self.data_digest,
+            "seed": self.config.seed,
+            "with_forget": name == "target",
+            "torch": torch.__version__,
+        }
+
+        def build(work: Path) -> None:
+            tokenizer = demo_tokenizer(self.corpus, config)
+            model, known = train_demo(
+                self.corpus, config, tokenizer, self.config.seed, name == "target", self.reporter.progress
+            )
+            write_model(model, tokenizer, work)
+            write_json(work / "training.json", {"train_probability": known})
+
+        label = f"train {name} ({config.arch}, {self.corpus.name})"
+        path = self._stage("demo", label, inputs, build)
+        self.train_probability[name] = read_json(path / "training.json")["train_probability"]
+        return Model(name, str(path), path.name, control)
+
+    def _given(self, name: str, path: str, control: str | None) -> Model:
+        """A model of the user's, known by the contents of its directory (a hub id by its name)."""
+        load_tokenizer(path)  # missing files fail here, before any work
+        known = directory_digest(Path(path)) if Path(path).is_dir() else digest(path)
+        return Model(name, str(Path(path).resolve()) if Path(path).is_dir() else path, known, control)
+
+    def _unlearn(self, method: str, control: str | None) -> Model:
+        config = self._method_config(method)
+        inputs = {
+            "version": STAGE_VERSIONS["unlearn"],
+            "target": self.target.digest,
+            "method": method,
+            "config": asdict(config),
+            "data": self.data_digest,
+            "seed": self.config.seed,
+            "torch": torch.__version__,
+        }
+
+        def build(work: Path) -> None:
+            model, tokenizer = load_model(self.target.path), load_tokenizer(self.target.path)
+            encoder = Encoder(tokenizer, max_length(model))
+            unlearn(
+                model,
+                encoder,
+                self.corpus.forget,
+                self.corpus.retain,
+                method,
+                config,
+                self.config.seed,
+                self.reporter.progress,
+            )
+            write_model(model, tokenizer, work)
+
+        path = self._stage("unlearn", f"unlearn {method}", inputs, build)
+        return Model(method, str(path), path.name, control)
+
+    def _method_config(self, method: str) -> MethodConfig:
+        """The demo's settings or the field's, with what the user set (bucketed has a scale of its own)."""
+        config = (DEMO if self.config.model == "demo" else FIELD)[method]
+        asked = {"learning_rate": self.config.learning_rate, "steps": self.config.steps}
+        if method == CONTROL:
+            return config
+        return replace(config, **{key: value for key, value in asked.items() if value is not None})
+
+    def _stage(self, stage: str, label: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        key = self.store.key(stage, inputs)
+        found = self.store.find(key)
+        with self.reporter.stage(label, cached=found is not None):
+            return found or self.store.make(key, stage, inputs, build)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms inside the block, the caller's setting after it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

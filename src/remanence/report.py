@@ -1,0 +1,96 @@
+"""An audit's document for people: the terminal table here, the page in page.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, Any
+
+from .compress.files import read_json
+from .page import html
+
+__all__ = ["SCHEMA", "VERDICTS", "broken_controls", "html", "read", "terminal"]
+
+SCHEMA = "remanence.audit/1"
+VERDICTS = ("held", "returned", "damaged", "undecided")
+_COLOURS = {"held": "green", "returned": "red", "damaged": "yellow", "undecided": "blue"}
+_PARTS = {"baseline": "target (baseline)", "negative": "oracle (negative control)"}
+
+
+def read(source: Path | str) -> dict[str, Any]:
+    """An audit's document from audit.json or its directory; ValueError for another schema."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "audit.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `remanence audit --out {path.parent}` writes it")
+    document = read_json(path)
+    if document.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema: {document.get('schema')!r} is not {SCHEMA!r}")
+    return document
+
+
+def broken_controls(document: dict[str, Any]) -> list[str]:
+    """What the failed controls found; empty when the audit can be trusted."""
+    return [f"{name}: {c['detail']}" for name, c in document["controls"].items() if not c["ok"]]
+
+
+def label(method: str, control: str | None) -> str:
+    """A row's name: the model with its part in the assay."""
+    if control == "positive" or method == "bucketed":
+        return "bucketed (positive control)"
+    return _PARTS.get(control or "", method)
+
+
+def terminal(document: dict[str, Any], file: IO[str]) -> None:
+    """Print the table of cells and the state of the controls."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, width=None if file.isatty() else 140)
+    data = document["data"]
+    table = Table(title=f"{data['name']}: {data['forget']} rows to forget, {data['retain']} to keep")
+    for column in ("model", "recipe"):
+        table.add_column(column)
+    for column in (
+        "forget P",
+        "recovered [95%]",
+        "ROUGE-L",
+        "retain P",
+        "utility",
+        "log10 FQ",
+        "x fp16",
+        "tok/s",
+    ):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    previous = ""
+    for cell in document["cells"]:
+        name = label(cell["method"], cell["control"])
+        if previous and name != previous:
+            table.add_section()
+        table.add_row(name if name != previous else "", cell["recipe"], *_figures(cell))
+        previous = name
+    console.print(table)
+    for name, control in document["controls"].items():
+        mark = "[green]ok[/]" if control["ok"] else "[red]FAILED[/]"
+        console.print(f"{name} control {mark}: ", end="")
+        console.print(control["detail"], markup=False, highlight=False)
+
+
+def _figures(cell: dict[str, Any]) -> list[str]:
+    verdict = f"[{_COLOURS[cell['verdict']]}]{cell['verdict']}[/]"
+    if "error" in cell:
+        return [""] * 8 + [verdict + " (failed)"]
+    share = cell["recovered_share"]
+    quality = cell["forget_quality"]
+    return [
+        f"{cell['forget']:.3f}",
+        f"{share['value']:.2f} [{share['low']:.2f}, {share['high']:.2f}]".replace("[", "\\["),
+        f"{cell['forget_rouge']:.2f}",
+        f"{cell['retain']:.3f}",
+        f"{cell['model_utility']:.2f}",
+        "" if quality is None or quality["log10_p"] is None else f"{quality['log10_p']:.1f}",
+        f"{cell['size_vs_fp16']:.2f}",
+        f"{cell['times']['decode_tokens_per_s']:.0f}",
+        verdict,
+    ]

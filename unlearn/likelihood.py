@@ -1,0 +1,36 @@
+"""How likely a model finds given answers, without training it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from .encode import Encoder
+from .losses import answer_nll
+
+
+def answer_likelihood(
+    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[tuple[str, str]], batch_size: int = 64
+) -> tuple[list[float], list[int]]:
+    """Summed NLL in nats and number of supervised tokens of each (question, answer), in the order given."""
+    # Batches of like length waste the least padding.
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    totals, counts = [0.0] * len(pairs), [0] * len(pairs)
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = encoder.batch([pairs[i] for i in chosen], model.device)
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            nll, tokens = answer_nll(logits, batch.labels)
+            for i, total, count in zip(chosen, nll.tolist(), tokens.tolist(), strict=True):
+                totals[i], counts[i] = total, count
+    return totals, counts
+
+
+def mean_probability(model: PreTrainedModel, encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> float:
+    """Mean over the answers of exp(-NLL/token)."""
+    totals, counts = answer_likelihood(model, encoder, pairs)
+    return math.fsum(math.exp(-total / count) for total, count in zip(totals, counts, strict=True)) / len(pairs)
