@@ -21,7 +21,7 @@ def atomic_dir(target: Path | str) -> Iterator[Path]:
     """
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target}: exists and is not empty; remove it or choose another place")
+        raise FileExistsError(errno.EEXIST, f"{target}: exists and is not empty; remove it or choose another place")
     target.parent.mkdir(parents=True, exist_ok=True)
     # The process number lets a later run tell what a killed one left behind.
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-{os.getpid()}_", dir=target.parent))

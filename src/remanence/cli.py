@@ -1,7 +1,7 @@
 """The command line. Verbs here, work elsewhere; torch loads only inside a verb that needs it.
 
-Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 error, 2 usage, 3 `--fail-on` fired, 4 done in
-part (some cells failed), 130 interrupted.
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 error, 2 usage (an unknown name, a missing file),
+3 `--fail-on` fired, 4 done in part (some cells failed), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
-from .errors import ERROR, INTERRUPTED, PARTIAL, USAGE, VERDICT, ControlError, UsageError
+from .errors import ERROR, INTERRUPTED, OK, PARTIAL, USAGE, VERDICT, ControlError, UsageError
 
 if TYPE_CHECKING:
     from .config import AuditConfig
@@ -25,7 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="A model was made to forget: does the forgetting survive compression?",
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 --fail-on fired, 4 some cells failed, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage (unknown name, missing file), 3 --fail-on fired, "
+    "4 some cells failed, 130 interrupted.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -43,7 +44,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def audit(
     model: Annotated[str, typer.Option(help="'demo', a model directory, or a hub id.")] = "demo",
     arch: Annotated[str, typer.Option(help="Shape of the demo model: llama or opt.")] = "llama",
-    data: Annotated[str, typer.Option(help="'people', 'tofu', or a file with all rows.")] = "",
+    data: Annotated[str | None, typer.Option(help="'people', 'tofu', or a file with all rows.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="TOFU's files (default: from the hub).")] = None,
     forget: Annotated[str, typer.Option(help="forgetNN (NN percent), or a file of rows.")] = "forget10",
     retain: Annotated[str | None, typer.Option(help="A file of rows to keep.")] = None,
@@ -73,7 +74,7 @@ def audit(
     config = _audit_config(
         model=model,
         arch=arch,
-        data=data or ("people" if Path(forget).suffix == "" or retain is None else ""),
+        data=data or _default_data(model, retain),
         data_dir=data_dir,
         forget=forget,
         retain=retain,
@@ -250,18 +251,39 @@ def main() -> None:
     """Entry point: every error that a person can cause is one line on stderr."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
-        _fail("interrupted; finished stages are kept, the same command goes on from there", INTERRUPTED)
-    except UsageError as error:
-        _fail(str(error), USAGE)
+        _interrupted()
+    except (UsageError, FileNotFoundError) as error:
+        _fail(_text(error), USAGE)
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        _fail(str(error) or type(error).__name__, ERROR)
+        # Typer's own exceptions are told by their names: it carries its own copy of click or not, by version.
+        if type(error).__name__ == "Abort":
+            _interrupted()
+        _fail(_text(error), ERROR)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(_text(ValueError(error.format_message())), USAGE)
+    if code == INTERRUPTED:  # newer typers turn an interrupt into its exit code themselves
+        _interrupted()
+    sys.exit(code if isinstance(code, int) else OK)
 
 
-def _fail(text: str, code: int) -> None:
-    first, *rest = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    print(f"remanence: {' '.join([first, *rest])}", file=sys.stderr)
+def _interrupted() -> NoReturn:
+    _fail("interrupted; finished stages are kept, the same command goes on from there", INTERRUPTED)
+
+
+def _text(error: Exception) -> str:
+    """The error's own words, on one line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    print(f"remanence: {text}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -282,6 +304,11 @@ def _done(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result, indent=1))
     else:
         print("\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+def _default_data(model: str, retain: str | None) -> str | None:
+    """The generated people for a demo model; nothing but forget and retain files otherwise."""
+    return "people" if model == "demo" and retain is None else None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -326,7 +353,7 @@ def _audit_config(**values: Any) -> AuditConfig:
     from .config import AuditConfig
 
     try:
-        return AuditConfig(**{key: value for key, value in values.items() if value is not None})
+        return AuditConfig(**{key: value for key, value in values.items() if value is not None or key == "data"})
     except ValidationError as error:
         lines = []
         for problem in error.errors():

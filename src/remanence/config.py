@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ class AuditConfig(BaseModel):
 
     model       "demo" trains target and oracle from scratch on the corpus; else a model directory or hub id
     arch        of the demo model
-    data        "people" (generated), "tofu", or a file with all rows
+    data        "people" (generated), "tofu", or a file with all rows; None: forget and retain are files of their own
     data_dir    where TOFU's files are; None fetches them from the hub
     forget      "forgetNN" (percent of the people or authors), or a file of rows
     retain      a file of rows; default: the data without the forget set
@@ -45,7 +46,7 @@ class AuditConfig(BaseModel):
 
     model: str = "demo"
     arch: Literal["llama", "opt"] = "llama"
-    data: str = "people"
+    data: str | None = "people"
     data_dir: str | None = None
     forget: str = "forget10"
     retain: str | None = None
@@ -86,6 +87,13 @@ class AuditConfig(BaseModel):
         if self.data_dir and self.data != "tofu":
             raise ValueError(f"data-dir: goes with --data tofu, not with --data {self.data}")
         named = self.data in ("people", "tofu")
+        if named and not re.fullmatch(r"forget\d{1,2}", self.forget) and not Path(self.forget).is_file():
+            raise ValueError(f"forget: {self.forget!r} is neither a file nor of the form forgetNN (NN percent)")
+        if self.data is None and not Path(self.forget).is_file():
+            raise ValueError(
+                f"forget: {self.forget!r} is no file; a model of your own needs --forget FILE with --retain FILE or "
+                "--data FILE"
+            )
         if named and self.retain:
             raise ValueError(f"retain: goes with forget and retain files of your own, not with --data {self.data}")
         if self.people is not None and not named:

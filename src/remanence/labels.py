@@ -22,6 +22,10 @@ class Row:
     cells: dict[str, dict[str, Any]]
 
     @property
+    def title(self) -> str:
+        return f"{self.name} ({self.role})" if self.role else self.name
+
+    @property
     def audited(self) -> bool:
         """Whether its verdicts are findings; `bucketed` may be both a control and audited."""
         return any(cell.get("control") is None for cell in self.cells.values())
@@ -51,15 +55,15 @@ def number(value: object, digits: int = 2) -> str:
     return f"−{text}" if value < 0 and text.strip("0.,") else text
 
 
-def significant(value: object) -> str:
-    """`value` with three significant digits, all digits of what is larger."""
+def significant(value: object, unit: float = 1) -> str:
+    """`value` in `unit`s with three significant digits, all digits of what is larger."""
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value == 0:
         return number(value, 0)
-    return number(value, max(0, 2 - math.floor(math.log10(abs(value)))))
+    return number(value / unit, max(0, 2 - math.floor(math.log10(abs(value / unit)))))
 
 
 def interval(share: object, digits: int = 2) -> str:
-    """ "value [low, high]" of a {value, low, high}; a dash without one."""
+    """A {value, low, high} as `value [low, high]`; a dash without one."""
     if not isinstance(share, dict):
         return _NONE
     value, low, high = (number(share.get(key), digits) for key in ("value", "low", "high"))
@@ -67,7 +71,7 @@ def interval(share: object, digits: int = 2) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "41 s", "4 min 35 s", "2 h 05 min"."""
+    """Seconds as people say them: 41 s, 4 min 35 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -77,5 +81,5 @@ def duration(seconds: float) -> str:
 
 
 def listing(names: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """The names in a sentence: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

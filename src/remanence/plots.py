@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .bench.verdict import MARGIN
+from .bench.verdict import KEPT, MARGIN
 from .labels import Row, interval, number, word
 from .svg import Labels, arrow, drawing, legend, line, mark, shorten, tag, text
 
@@ -35,7 +35,7 @@ def forest(rows: list[Row], recipes: list[str]) -> Markup:
             y += 8
             body += [text(0, y + 4, "CONTROLS", "small"), line(0, y + 10, WIDTH, y + 10, "rule")]
             y += 26
-        body.append(text(0, y + 4, shorten(_name(row), 60), "name"))
+        body.append(text(0, y + 4, shorten(row.title, 60), "name"))
         for recipe in (r for r in recipes if r in row.cells):
             y += step
             body.append(text(12, y + 4, shorten(recipe, 28), "code"))
@@ -77,7 +77,7 @@ def _share(row: Row, recipe: str, y: float, x: Scale) -> list[Markup]:
     value, low, high = share["value"], share["low"], share["high"]
     note = "†" if share.get("of", USUAL) != USUAL else ""
     parts = [text(WIDTH, y + 4, interval(share) + note, "figures", "end")]
-    if not all(map(math.isfinite, (value, low, high))):
+    if not _finite(value, low, high):
         return parts
     parts.append(line(x(low), y, x(high), y, f"whisker {verdict}"))
     if low < LOW:
@@ -90,30 +90,48 @@ def _share(row: Row, recipe: str, y: float, x: Scale) -> list[Markup]:
 
 
 def scatter(rows: list[Row], recipes: list[str]) -> Markup:
-    """Forget against retain probability, one mark per cell, joined from each model's dense to its compressed cells."""
-    cells = [c for row in rows for c in row.cells.values() if _has_point(c)]
-    left, right, top, bottom = 64.0, WIDTH - 16.0, 34.0, 410.0
-    x_high = _ceil(max([c["forget"] for c in cells], default=1))
-    y_low = _floor(min([c["retain"] for c in cells], default=0))
+    """Forget against retain probability, one mark per cell; lines lead from dense to compressed cells."""
+    cells = [cell for row in rows for cell in row.cells.values() if _has_point(cell)]
+    left, right, top, bottom = 64.0, WIDTH - 16.0, 34.0, 440.0
+    x_high = max(0.1, min(1.0, math.ceil(max((c["forget"] for c in cells), default=1) * 10) / 10))
+    # Never a span below a tenth, so that a hair's breadth does not look like a loss.
+    y_low = max(0.0, min(0.9, math.floor(min((c["retain"] for c in cells), default=0) * 10 - 0.1) / 10))
 
     def x(probability: float) -> float:
-        return left + 14 + probability / x_high * (right - left - 28)
+        # Room for names left of 0.
+        return left + 76 + probability / x_high * (right - left - 92)
 
     def y(probability: float) -> float:
         return bottom - 14 - (probability - y_low) / (1 - y_low) * (bottom - top - 28)
 
     labels = Labels(left + 2, top + 2, right - 2, bottom - 2)
-    lines, marks = [], []
+    inside = _damage(rows, y_low, (left, right, bottom), y, labels)
     for row in rows:
-        lines += _spokes(row, x, y, labels)
+        inside += _spokes(row, x, y, labels)
+    for row in rows:
         for recipe in (r for r in recipes if r in row.cells and _has_point(row.cells[r])):
-            marks += _point(row, recipe, x, y, labels)
-    names = _names(rows, x, y, labels)
+            inside += _point(row, recipe, x, y, labels)
+    inside += _names(rows, x, y, labels)
+    key = [*legend(left + 6, 12), tag("circle", cx=left + 360, cy=8, r=8, class_="ring")]
+    key.append(text(left + 374, 12, "ringed: dense, before compression"))
     title = f"Scatter plot: forget probability against retain probability, {len(cells)} cells."
     axes = _scatter_axes((left, right, top, bottom), x, y, x_high, y_low)
-    key = [*legend(left + 6, 12), tag("circle", cx=left + 342, cy=8, r=8, class_="ring")]
-    key.append(text(left + 356, 12, "ringed: dense, before compression"))
-    return drawing(WIDTH, bottom + 44, title, [*axes, *key, *lines, *marks, *names])
+    return drawing(WIDTH, bottom + 44, title, [*axes, *key, *inside])
+
+
+def _damage(rows: list[Row], y_low: float, ends: tuple[float, float, float], y: Scale, labels: Labels) -> list[Markup]:
+    """The line below which a model is damaged, or a word on where it lies."""
+    left, right, bottom = ends
+    dense = next((row.cells["dense"] for row in rows if row.name == "target" and "dense" in row.cells), {})
+    if not _has_point(dense):
+        return []
+    limit = KEPT * dense["retain"]
+    if limit < y_low:
+        note = f"damage begins at {number(limit)}, below this drawing"
+        return [text(right - 6, bottom - 8, note, "small", "end")]
+    labels.block_line(left, y(limit), right, y(limit))
+    note = f"damage: below {KEPT:.0%} of the target"
+    return [line(left, y(limit), right, y(limit), "damage"), text(right - 6, y(limit) + 13, note, "small", "end")]
 
 
 def _scatter_axes(
@@ -121,16 +139,22 @@ def _scatter_axes(
 ) -> list[Markup]:
     left, right, top, bottom = box
     parts = [tag("rect", x=left, y=top, width=right - left, height=bottom - top, class_="frame")]
-    for i in range(6):
-        p, q = x_high * i / 5, y_low + (1 - y_low) * i / 5
-        parts += [line(x(p), top, x(p), bottom, "grid"), line(left, y(q), right, y(q), "grid")]
+    for p in _ticks(0, x_high):
+        parts.append(line(x(p), top, x(p), bottom, "grid"))
         parts.append(text(x(p), bottom + 16, number(p), "small", "middle"))
-        parts.append(text(left - 6, y(q) + 4, number(q), "small", "end"))
+    for p in _ticks(y_low, 1):
+        parts.append(line(left, y(p), right, y(p), "grid"))
+        parts.append(text(left - 6, y(p) + 4, number(p), "small", "end"))
     under = "forget probability, 0 to 1 (mean P of the true answers; further left: forgotten)"
-    beside = "retain probability, 0 to 1 (higher: kept)"
+    beside = f"retain probability, from {y_low:g} to 1 (higher: kept)"
     middle = f"translate(14 {(top + bottom) / 2:.0f}) rotate(-90)"
     parts.append(text((left + right) / 2, bottom + 36, under, "", "middle"))
     return [*parts, tag("text", beside, transform=middle, text_anchor="middle")]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = next(step for step in (0.02, 0.05, 0.1, 0.2) if (high - low) / step <= 6.01)
+    return [low + i * step for i in range(round((high - low) / step) + 1)]
 
 
 def _spokes(row: Row, x: Scale, y: Scale, labels: Labels) -> list[Markup]:
@@ -158,6 +182,11 @@ def _point(row: Row, recipe: str, x: Scale, y: Scale, labels: Labels) -> list[Ma
 def _names(rows: list[Row], x: Scale, y: Scale, labels: Labels) -> list[Markup]:
     """Every model's name at its dense mark; then, where there is room, the cells that returned or moved far."""
     parts, moved = [], []
+    labels.anchors += [
+        (x(dense["forget"]), y(dense["retain"]))
+        for dense in (row.cells.get("dense", {}) for row in rows)
+        if _has_point(dense)
+    ]
     for row in rows:
         points = {recipe: cell for recipe, cell in row.cells.items() if _has_point(cell)}
         if not points:
@@ -174,19 +203,9 @@ def _names(rows: list[Row], x: Scale, y: Scale, labels: Labels) -> list[Markup]:
     return parts
 
 
-def _name(row: Row) -> str:
-    return f"{row.name} ({row.role})" if row.role else row.name
-
-
 def _has_point(cell: dict[str, Any]) -> bool:
-    return all(isinstance(cell.get(key), (int, float)) and math.isfinite(cell[key]) for key in ("forget", "retain"))
+    return _finite(cell.get("forget"), cell.get("retain"))
 
 
-def _ceil(value: float) -> float:
-    """The axis' end: 1, or less where nothing comes near it."""
-    return next((end for end in (0.05, 0.1, 0.2, 0.5) if value <= end), 1.0)
-
-
-def _floor(value: float) -> float:
-    """The axis' start: 0, or more where everything is far from it."""
-    return next((start for start in (0.95, 0.9, 0.8, 0.5) if value >= start + (1 - start) / 10), 0.0)
+def _finite(*values: object) -> bool:
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)

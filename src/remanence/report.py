@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from .compress.files import read_json
+from .labels import VERDICTS, interval, label, number
 from .page import html
 
 __all__ = ["SCHEMA", "VERDICTS", "broken_controls", "html", "read", "terminal"]
 
 SCHEMA = "remanence.audit/1"
-VERDICTS = ("held", "returned", "damaged", "undecided")
 _COLOURS = {"held": "green", "returned": "red", "damaged": "yellow", "undecided": "blue"}
-_PARTS = {"baseline": "target (baseline)", "negative": "oracle (negative control)"}
 
 
 def read(source: Path | str) -> dict[str, Any]:
@@ -34,19 +33,12 @@ def broken_controls(document: dict[str, Any]) -> list[str]:
     return [f"{name}: {c['detail']}" for name, c in document["controls"].items() if not c["ok"]]
 
 
-def label(method: str, control: str | None) -> str:
-    """A row's name: the model with its part in the assay."""
-    if control == "positive" or method == "bucketed":
-        return "bucketed (positive control)"
-    return _PARTS.get(control or "", method)
-
-
 def terminal(document: dict[str, Any], file: IO[str]) -> None:
     """Print the table of cells and the state of the controls."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=file, width=None if file.isatty() else 140)
+    console = Console(file=file, width=None if file.isatty() else 150)
     data = document["data"]
     table = Table(title=f"{data['name']}: {data['forget']} rows to forget, {data['retain']} to keep")
     for column in ("model", "recipe"):
@@ -81,16 +73,15 @@ def _figures(cell: dict[str, Any]) -> list[str]:
     verdict = f"[{_COLOURS[cell['verdict']]}]{cell['verdict']}[/]"
     if "error" in cell:
         return [""] * 8 + [verdict + " (failed)"]
-    share = cell["recovered_share"]
-    quality = cell["forget_quality"]
+    quality = cell["forget_quality"] or {}
     return [
-        f"{cell['forget']:.3f}",
-        f"{share['value']:.2f} [{share['low']:.2f}, {share['high']:.2f}]".replace("[", "\\["),
-        f"{cell['forget_rouge']:.2f}",
-        f"{cell['retain']:.3f}",
-        f"{cell['model_utility']:.2f}",
-        "" if quality is None or quality["log10_p"] is None else f"{quality['log10_p']:.1f}",
-        f"{cell['size_vs_fp16']:.2f}",
-        f"{cell['times']['decode_tokens_per_s']:.0f}",
+        number(cell["forget"], 3),
+        interval(cell["recovered_share"]).replace("[", "\\["),
+        number(cell["forget_rouge"]),
+        number(cell["retain"], 3),
+        number(cell["model_utility"]),
+        number(quality.get("log10_p"), 1),
+        number(cell["size_vs_fp16"]),
+        number(cell["times"]["decode_tokens_per_s"], 0),
         verdict,
     ]

@@ -6,6 +6,7 @@ whose files no longer match their recorded sums is discarded and made again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -70,10 +71,15 @@ class Store:
     def make(self, key: str, stage: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """Run `build` on an empty directory and keep it under `key`; nothing is kept when it raises."""
         path = self._path(key)
-        with atomic_dir(path) as work:
-            build(work)
-            files = {str(p.relative_to(work)): file_digest(p) for p in sorted(work.rglob("*")) if p.is_file()}
-            write_json(work / _MANIFEST, {"stage": stage, "key": key, "inputs": inputs, "files": files})
+        try:
+            with atomic_dir(path) as work:
+                build(work)
+                files = {str(p.relative_to(work)): file_digest(p) for p in sorted(work.rglob("*")) if p.is_file()}
+                write_json(work / _MANIFEST, {"stage": stage, "key": key, "inputs": inputs, "files": files})
+        except OSError as error:
+            # Another run made the same thing meanwhile; both are equal, and the first one stays.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or self.find(key) is None:
+                raise
         return path
 
     def _path(self, key: str) -> Path:

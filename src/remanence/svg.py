@@ -70,19 +70,21 @@ def legend(x: float, y: float) -> list[Markup]:
     parts = []
     for verdict in VERDICTS:
         parts += [mark(x, y - 4, verdict), text(x + 9, y, verdict)]
-        x += 26 + LETTER * len(verdict)
+        x += 84
     return parts
 
 
 @dataclass
 class Labels:
-    """Places labels inside [left, right] x [top, bottom]. taken: boxes (x1, y1, x2, y2) that must stay clear."""
+    """Places labels inside [left, right] x [top, bottom]. taken: boxes (x1, y1, x2, y2) that must stay clear.
+    anchors: what has a name of its own; no other name may stand so close that it could be taken for it."""
 
     left: float
     top: float
     right: float
     bottom: float
     taken: list[tuple[float, float, float, float]] = field(default_factory=list)
+    anchors: list[tuple[float, float]] = field(default_factory=list)
 
     def block(self, x: float, y: float, radius: float = 5) -> None:
         self.taken.append((x - radius, y - radius, x + radius, y + radius))
@@ -100,7 +102,7 @@ class Labels:
                 u, v = math.cos(math.radians(angle)), math.sin(math.radians(angle))
                 middle, centre = x + u * (radius + width / 2), y + v * (radius + 7)
                 box = (middle - width / 2, centre - 7, middle + width / 2, centre + 7)
-                if self._free(box):
+                if self._free(box) and not self._mistaken(box, (x, y)):
                     self.taken.append(box)
                     written = text(middle, centre + 4, name, class_, "middle")
                     near = (min(max(x, box[0]), box[2]), min(max(y, box[1] + 2), box[3] - 2))
@@ -112,6 +114,11 @@ class Labels:
         if x1 < self.left or y1 < self.top or x2 > self.right or y2 > self.bottom:
             return False
         return not any(x1 < c and a < x2 and y1 < d and b < y2 for a, b, c, d in self.taken)
+
+    def _mistaken(self, box: tuple[float, float, float, float], own: tuple[float, float]) -> bool:
+        x1, y1, x2, y2 = box
+        others = [(x, y) for x, y in self.anchors if math.dist((x, y), own) > 6]
+        return any(x1 - 14 < x < x2 + 14 and y1 - 6 < y < y2 + 6 for x, y in others)
 
 
 def shorten(name: str, most: int) -> str:

@@ -1,0 +1,105 @@
+"""The folders import in one direction, and the package stays light and importable wherever it is."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["backends", "kernels", "compress", "unlearn", "bench", "remanence"]
+FOLDERS = {name: ROOT / ("src/remanence" if name == "remanence" else name) for name in ORDER}
+
+
+def imported_folders(path: Path, home: str) -> set[str]:
+    """Folders of this package that the file imports, seen from its own place in the package."""
+    inside = path.relative_to(FOLDERS[home]).parts[:-1]
+    package = ["remanence", *([] if home == "remanence" else [home]), *inside]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *(node.module or "").split(".")]
+            names = [".".join([*module, alias.name]).replace("..", ".") for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "remanence":
+                found.add(parts[1] if len(parts) > 1 and parts[1] in ORDER else "remanence")
+    return found - {home}
+
+
+def wrong_imports(files: dict[str, list[Path]]) -> list[str]:
+    """Imports of a higher folder from a lower one."""
+    return [
+        f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name} imports remanence.{other}"
+        for home, paths in files.items()
+        for path in paths
+        for other in imported_folders(path, home)
+        if ORDER.index(other) > ORDER.index(home)
+    ]
+
+
+def test_no_folder_imports_a_higher_one():
+    files = {home: sorted(folder.rglob("*.py")) for home, folder in FOLDERS.items()}
+    assert all(files.values())
+    assert wrong_imports(files) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ..bench.verdict import judge",
+        "from remanence.unlearn import data",
+        "import remanence.bench.cell",
+        "from .. import unlearn",
+        "def f():\n    from ..config import AuditConfig",
+    ],
+)
+def test_an_upward_import_is_noticed(line, tmp_path, monkeypatch):
+    monkeypatch.setitem(FOLDERS, "compress", tmp_path)
+    (tmp_path / "planted.py").write_text(line + "\n")
+    assert len(wrong_imports({"compress": [tmp_path / "planted.py"]})) == 1
+
+
+def test_kernels_has_no_init():
+    """As a regular package on the path it would hide Hugging Face's `kernels` from transformers."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def run(code: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=env or None)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere", "kernels"])
+def test_imports_from_any_directory(where, tmp_path):
+    cwd = {"root": ROOT, "elsewhere": tmp_path, "kernels": ROOT / "kernels"}[where]
+    code = "import remanence, remanence.kernels.reference as r; print(remanence.__version__, r.__name__)"
+    assert run(code, cwd) == "0.1.0 remanence.kernels.reference"
+
+
+def test_import_loads_neither_torch_nor_transformers(tmp_path):
+    heavy = ("torch", "transformers", "pydantic", "scipy")
+    code = f"import sys, remanence.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert run(code, tmp_path) == "[]"
+
+
+def test_public_names_resolve():
+    import remanence
+
+    assert all(getattr(remanence, name) is not None for name in remanence.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = remanence.nonsense
+
+
+def test_no_pickle_and_no_remote_code():
+    """Trust no file: nothing here may unpickle, or run code that came with a model."""
+    sources = [path for folder in FOLDERS.values() for path in folder.rglob("*.py")]
+    banned = ("import pickle", "import dill", "import joblib", "torch.load(", "torch.save(", "trust_remote_code=True")
+    found = [f"{path}: {word}" for path in sources for word in banned if word in path.read_text()]
+    assert found == []
