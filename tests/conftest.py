@@ -1,6 +1,9 @@
 """What all tests share: the check that the package is installed, the real data, one small model trained for real."""
 
 import os
+
+# As the command line does: a short spin, so that a busy machine does not make tests twenty times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +39,7 @@ def real_data():
     return find
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Models this small gain nothing from threads; on a busy machine they would wait most of the time."""
     import torch

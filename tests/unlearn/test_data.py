@@ -47,7 +47,7 @@ def write(path, content):
         "\n  " + json.dumps(ROWS),
         json.dumps(ROWS, ensure_ascii=True),
         lines([row | {"unknown": [1, {"deep": None}]} for row in ROWS]),
-        lines([{key: None for key in ROWS[1]} | row for row in ROWS]),
+        lines([dict.fromkeys(ROWS[1]) | row for row in ROWS]),
     ],
     ids=[
         "json-lines",
@@ -87,7 +87,7 @@ def test_empty_file_has_no_rows(tmp_path):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json: no such file"):
         read_rows(tmp_path / "nothing.json")
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path)

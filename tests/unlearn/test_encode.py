@@ -105,13 +105,9 @@ def test_prompt_names_question_and_answer():
     assert PROMPT.format(question="Q") == "Question: Q\nAnswer:", "what is documented, and what exports are asked with"
 
 
-LENGTHS = {"like-lengths": [7 * i % 31 for i in range(101)], "any-lengths": None}
-
-
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (4, 4), (10, 3), (101, 8)])
-def test_an_epoch_visits_every_row_once(count, batch_size, lengths):
-    batches = epochs(count, batch_size, torch.Generator().manual_seed(0), lengths and lengths[:count])
+def test_an_epoch_visits_every_row_once(count, batch_size):
+    batches = epochs(count, batch_size, torch.Generator().manual_seed(0))
     per_epoch = -(-count // batch_size)
     seen = []
     for _ in range(3):
@@ -123,15 +119,8 @@ def test_an_epoch_visits_every_row_once(count, batch_size, lengths):
         assert seen[0] != seen[1] != seen[2], "each epoch in another order"
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_order_follows_the_seed(lengths):
+def test_order_follows_the_seed():
     first, again, other = (
-        list(itertools.islice(epochs(101, 8, torch.Generator().manual_seed(seed), lengths), 30)) for seed in (0, 0, 1)
+        list(itertools.islice(epochs(101, 8, torch.Generator().manual_seed(seed)), 30)) for seed in (0, 0, 1)
     )
     assert first == again != other
-
-
-def test_like_lengths_go_together():
-    lengths = [10 * (i % 2) for i in range(64)]
-    epoch = list(itertools.islice(epochs(64, 8, torch.Generator().manual_seed(0), lengths), 8))
-    assert all(len({lengths[row] for row in batch}) == 1 for batch in epoch)

@@ -114,7 +114,7 @@ def test_wrong_answers_of_another_edition_are_not_mixed_in(tofu, tmp_path):
 
 
 def test_missing_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data-dir: .*nowhere: no such directory"):
+    with pytest.raises(FileNotFoundError, match=r"data-dir: .*nowhere: no such directory"):
         tofu_corpus(tmp_path / "nowhere")
 
 

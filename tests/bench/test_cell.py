@@ -1,0 +1,129 @@
+"""One cell of the grid, written to disk, read back and measured."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from remanence.bench.cell import CellScores, measure_cell
+from remanence.bench.forgetting import evaluate
+from remanence.bench.survival import update_survival
+from remanence.compress.checkpoint import save_model
+from remanence.compress.spec import DENSE, parse_recipe
+from remanence.compress.walk import quantize_
+from remanence.unlearn.data import EvalSet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECIPE = parse_recipe("rtn-w4a16-g16")
+
+
+@pytest.fixture(scope="module")
+def saved(memorized, tmp_path_factory):
+    """Directories of target and of a model a little away from it."""
+    folder = tmp_path_factory.mktemp("models")
+    model = copy.deepcopy(memorized.target)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.05
+    save_model(memorized.target, memorized.tokenizer, folder / "target")
+    save_model(model, memorized.tokenizer, folder / "npo")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(memorized):
+    """As the fixture's, with short utility sets."""
+    from dataclasses import replace
+
+    utility = {name: EvalSet(items.rows[:4]) for name, items in memorized.corpus.utility.items()}
+    return replace(memorized.corpus, utility=utility)
+
+
+@pytest.fixture(scope="module")
+def measured(saved, corpus, tmp_path_factory, one_thread):  # noqa: ARG001
+    scratch = tmp_path_factory.mktemp("scratch")
+    cells = {
+        (model, recipe.name): measure_cell(saved / model, saved / "target", recipe, corpus, scratch)
+        for model in ("target", "npo")
+        for recipe in (DENSE, RECIPE)
+    }
+    assert not list(scratch.iterdir()), "the checkpoint is gone"
+    return cells
+
+
+def test_cell_is_json(measured):
+    for cell in measured.values():
+        json.dumps(cell, allow_nan=False)
+        assert "error" not in cell
+
+
+def test_scores_are_those_of_the_model(measured, memorized, corpus):
+    cell = CellScores("target", "baseline", DENSE, json.loads(json.dumps(measured["target", "dense"])))
+    assert cell.error is None
+    assert cell.scores("forget") == evaluate(memorized.target, memorized.encoder, EvalSet(corpus.forget))
+    assert list(cell.utility()) == list(corpus.utility)
+    for name, items in corpus.utility.items():
+        assert cell.utility()[name] == evaluate(memorized.target, memorized.encoder, items)
+
+
+def test_scores_are_those_of_the_quantized_model(measured, memorized, corpus):
+    """Of what is read back from disk: bit for bit what was in memory."""
+    model = quantize_(copy.deepcopy(memorized.target), RECIPE)
+    cell = CellScores("target", "baseline", RECIPE, measured["target", RECIPE.name])
+    assert cell.scores("forget") == evaluate(model, memorized.encoder, EvalSet(corpus.forget))
+    assert (
+        cell.scores("forget").probability
+        != CellScores("t", None, DENSE, measured["target", "dense"]).scores("forget").probability
+    )
+
+
+def test_sizes(measured, memorized):
+    count = sum(parameter.numel() for parameter in memorized.target.parameters())
+    assert {cell["parameters"] for cell in measured.values()} == {count}
+    dense, packed = measured["target", "dense"]["size_bytes"], measured["target", RECIPE.name]["size_bytes"]
+    # A float32 file has a header of some kilobytes.
+    assert 4 * count < dense < 4 * count + 8192
+    linear = sum(m.weight.numel() for n, m in memorized.target.named_modules() if n.endswith("_proj"))
+    # Half a byte a weight, two bytes of scale for sixteen; the rest as it was.
+    expected = 4 * (count - linear) + linear // 2 + 2 * linear // 16
+    assert expected < packed < expected + 16384
+    assert measured["npo", RECIPE.name]["decode"]["peak_memory_bytes"] < dense + 2**20
+
+
+def test_update_survival_is_against_the_target(measured, saved):
+    from remanence.compress.checkpoint import load_model
+
+    assert measured["target", "dense"]["update_survival"] == {"changed": 0.0, "norm": None}
+    model, target = load_model(saved / "npo"), load_model(saved / "target")
+    for recipe in (DENSE, RECIPE):
+        found = measured["npo", recipe.name]["update_survival"]
+        expected = update_survival(model, target, recipe)
+        assert found == {"changed": expected.changed, "norm": expected.norm}
+        assert math.isfinite(found["norm"])
+
+
+@pytest.mark.parametrize("model", ["target", "npo"])
+def test_impossible_recipe_is_an_error_that_names_the_layer(saved, corpus, tmp_path, model):
+    """64 and 128 input features do not divide by 48; the grid goes on."""
+    cell = measure_cell(saved / model, saved / "target", parse_recipe("rtn-w4a16-g48"), corpus, tmp_path)
+    assert cell.keys() == {"error"}
+    assert "layers.0.self_attn.q_proj" in cell["error"]
+    assert "64 input features do not divide into groups of 48" in cell["error"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_impossible_weights_are_an_error_that_names_the_layer(saved, memorized, corpus, tmp_path):
+    """Infinity in a weight; dense, such a model would be measured."""
+    model = copy.deepcopy(memorized.target)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = float("inf")
+    save_model(model, memorized.tokenizer, tmp_path / "broken")
+    (tmp_path / "scratch").mkdir()
+    cell = measure_cell(tmp_path / "broken", saved / "target", RECIPE, corpus, tmp_path / "scratch")
+    assert cell.keys() == {"error"}
+    assert "layers.1.mlp.down_proj" in cell["error"]
+    assert "NaN or infinity" in cell["error"]
+
+
+def test_error_of_a_cell():
+    assert CellScores("npo", None, RECIPE, {"error": "no"}).error == "no"

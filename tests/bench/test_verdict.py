@@ -1,0 +1,191 @@
+"""From made-up evidence whose answer is known to the verdict."""
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from remanence.bench.verdict import Evidence, judge
+
+ITEMS = 40
+
+
+def around(level, spread=0.04, items=ITEMS, seed=0):
+    """Probabilities near `level`, kept within 0..1."""
+    rng = np.random.default_rng([seed, round(1000 * level)])
+    return np.clip(rng.normal(level, spread, items), 0.0, 1.0).tolist()
+
+
+def evidence(compressed, unlearned, baseline=0.90, target=0.92, oracle=0.10, retain=0.90, retain_target=0.93, **how):
+    """One level per list. Lists of the same level are the same list: one model, measured once."""
+    forget = {
+        "compressed": compressed,
+        "unlearned": unlearned,
+        "baseline": baseline,
+        "target": target,
+        "oracle": oracle,
+    }
+    return Evidence(
+        **{name: None if level is None else around(level, **how) for name, level in forget.items()},
+        retain=around(retain, seed=1),
+        retain_target=around(retain_target, seed=1),
+    )
+
+
+# What the five models know of the forget set, and what is left of the retain set.
+CASES = {
+    # The target as its own unlearned model: nothing was forgotten.
+    "target-dense": (evidence(0.92, 0.92, baseline=0.92), "returned"),
+    "target-compressed": (evidence(0.90, 0.92), "returned"),
+    # The oracle as its own unlearned model: nothing ever known, nothing to return.
+    "oracle-dense": (evidence(0.10, 0.10, baseline=0.92), "held"),
+    "oracle-compressed": (evidence(0.12, 0.10, oracle=0.12), "held"),
+    # Buckets: forgotten when dense, all of it back under the quantizer.
+    "bucketed-dense": (evidence(0.05, 0.05, baseline=0.92), "held"),
+    "bucketed-compressed": (evidence(0.90, 0.05), "returned"),
+    "well-forgotten": (evidence(0.11, 0.10), "held"),
+    "half-returned": (evidence(0.50, 0.10), "returned"),
+    "a-quarter-returned": (evidence(0.30, 0.10), "returned"),
+    # Driven below the oracle, compression brings it up to where a model is that never knew: no knowledge came back.
+    "over-forgotten-up-to-oracle": (evidence(0.30, 0.00, oracle=0.30), "held"),
+    "over-forgotten-past-oracle": (evidence(0.70, 0.00, oracle=0.30), "returned"),
+    "over-forgotten-stays": (evidence(0.00, 0.00, oracle=0.30), "held"),
+    # A third still known when dense; what matters is whether more came back.
+    "partly-forgotten-stays": (evidence(0.36, 0.36), "held"),
+    "partly-forgotten-returns": (evidence(0.60, 0.36), "returned"),
+    # Half still known: whether that is forgetting, the interval cannot say.
+    "half-forgotten-stays": (evidence(0.50, 0.50), "undecided"),
+    # Four fifths still known: that is not forgetting, whatever compression does.
+    "barely-forgotten": (evidence(0.75, 0.75), "returned"),
+    "worse-than-before-compression": (evidence(0.10, 0.40), "held"),
+    # The recipe leaves the target no better than the oracle.
+    "recipe-erases": (evidence(0.09, 0.05, baseline=0.10), "damaged"),
+    "recipe-erases-to-zero": (evidence(0.00, 0.05, baseline=0.00, oracle=0.00), "damaged"),
+    "retain-collapsed": (evidence(0.10, 0.10, retain=0.30), "damaged"),
+    "retain-gone": (evidence(0.00, 0.00, retain=0.00), "damaged"),
+    # Knowledge that is back is back, even in a model that lost much else.
+    "retain-collapsed-but-returned": (evidence(0.90, 0.10, retain=0.30), "returned"),
+    "a-little-retain-lost": (evidence(0.10, 0.10, retain=0.80), "held"),
+    # Few items, wide apart: the interval of the recovered share reaches from below to above the margin.
+    "few-noisy-items": (
+        replace(
+            evidence(0.0, 0.10, items=5),
+            compressed=[0.05, 0.40, 0.08, 0.10, 0.12],
+        ),
+        "undecided",
+    ),
+    "target-never-knew": (evidence(0.11, 0.10, baseline=0.11, target=0.12), "undecided"),
+}
+# Without an oracle only "nothing" is known to be no knowledge.
+NO_ORACLE = {
+    "over-forgotten-up-to-oracle": "returned",
+    "oracle-compressed": "held",
+    "half-forgotten-stays": "held",
+    "barely-forgotten": "held",
+    "recipe-erases": "undecided",
+    "target-never-knew": "undecided",
+}
+
+
+@pytest.mark.parametrize(("cell", "verdict"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_verdict(cell, verdict, seed):
+    found = judge(cell, seed)
+    assert found.verdict == verdict, found
+    assert found.reason
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", [name for name in CASES if NO_ORACLE.get(name) != "undecided"])
+def test_verdict_without_oracle(name, seed):
+    cell, verdict = CASES[name]
+    found = judge(replace(cell, oracle=None), seed)
+    assert found.known is None
+    assert found.verdict == NO_ORACLE.get(name, verdict), found
+
+
+@pytest.mark.parametrize("level", [0.0, 0.01, 0.03])
+def test_target_that_knows_nothing_without_oracle(level):
+    cell = evidence(level, level, baseline=level, target=level, oracle=None, spread=0.005)
+    assert judge(cell, 0).verdict == "undecided"
+
+
+def test_recipe_that_leaves_nothing_without_oracle():
+    assert judge(evidence(0.0, 0.05, baseline=0.02, oracle=None, spread=0.005), 0).verdict == "damaged"
+
+
+@pytest.mark.parametrize("with_oracle", [True, False], ids=["oracle", "no-oracle"])
+@pytest.mark.parametrize(("cell", "verdict"), CASES.values(), ids=CASES)
+def test_shares_are_numbers_inside_their_intervals(cell, verdict, with_oracle):  # noqa: ARG001
+    found = judge(cell if with_oracle else replace(cell, oracle=None), 0)
+    for interval in (found.recovered, found.kept, found.known):
+        if interval is not None:
+            assert all(math.isfinite(v) for v in (interval.low, interval.value, interval.high))
+            assert interval.low <= interval.value <= interval.high
+    assert found.recovered is not None
+
+
+@pytest.mark.parametrize("with_oracle", [True, False], ids=["oracle", "no-oracle"])
+def test_recovered_share_is_always_a_number(with_oracle):
+    """Random levels and spreads, few items and many: no evidence may stop an audit."""
+    rng = np.random.default_rng(0)
+    verdicts = set()
+    for seed in range(60):
+        items = int(rng.choice([1, 2, 5, 40]))
+        levels = rng.choice([0.0, 0.02, 0.1, 0.5, 0.9, 1.0], 6)
+        spread = float(rng.choice([0.0, 0.02, 0.3]))
+        lists = [around(level, spread, items, seed) for level in levels[:5]]
+        found = judge(
+            Evidence(
+                *lists[:4], lists[4] if with_oracle else None, around(levels[5], spread, 7), around(0.9, spread, 7)
+            ),
+            seed,
+        )
+        assert math.isfinite(found.recovered.value)
+        assert found.recovered.low <= found.recovered.value <= found.recovered.high
+        verdicts.add(found.verdict)
+    assert verdicts == {"held", "returned", "damaged", "undecided"}
+
+
+def test_recovered_share_by_hand():
+    found = judge(evidence(0.50, 0.10), 0)
+    cell = evidence(0.50, 0.10)
+    means = {field.name: sum(getattr(cell, field.name)) / ITEMS for field in fields(cell)}
+    gap = means["baseline"] - means["unlearned"]
+    assert found.recovered.value == pytest.approx((means["compressed"] - means["unlearned"]) / gap)
+    assert found.recovered_of == "unlearned..baseline"
+    assert found.known.value == pytest.approx(
+        (means["compressed"] - means["oracle"]) / (means["baseline"] - means["oracle"])
+    )
+    assert found.kept.value == pytest.approx(sum(cell.retain) / sum(cell.retain_target))
+
+
+@pytest.mark.parametrize(
+    ("cell", "of"),
+    [
+        (evidence(0.90, 0.90), "oracle..baseline"),
+        (evidence(0.90, 0.90, oracle=None), "zero..baseline"),
+        (evidence(0.02, 0.10, baseline=0.02, oracle=0.02, spread=0.005), "unlearned..target"),
+        (evidence(0.01, 0.90, baseline=0.01, target=0.90, oracle=0.01, spread=0.005), "zero..target"),
+        (evidence(0.01, 0.01, baseline=0.01, target=0.01, oracle=0.01, spread=0.005), "probability"),
+    ],
+    ids=["nothing-taken", "nothing-taken-no-oracle", "nothing-left", "nothing-taken-nothing-left", "nothing-known"],
+)
+def test_levels_that_the_share_is_taken_of(cell, of):
+    assert judge(cell, 0).recovered_of == of
+
+
+def test_same_seed_same_judgement():
+    cell = CASES["few-noisy-items"][0]
+    assert judge(cell, 1) == judge(cell, 1)
+    assert judge(cell, 1).recovered != judge(cell, 2).recovered
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Evidence)])
+@pytest.mark.parametrize(
+    "change", [lambda v: v[:-1], lambda v: [*v, 0.5], lambda v: v[:0]], ids=["less", "more", "none"]
+)
+def test_lists_of_unlike_lengths(name, change):
+    cell = evidence(0.5, 0.1)
+    with pytest.raises(ValueError, match="scores: lists of unlike lengths"):
+        judge(replace(cell, **{name: change(list(getattr(cell, name)))}), 0)
