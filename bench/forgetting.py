@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -165,11 +166,12 @@ def generate(
     new_tokens = max(1, min(most, longest + max(4, longest // 4), room))
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers = [""] * len(rows)
+    network: Any = model  # transformers types generate as what may be a tensor
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = _left_padded([prompts[i] for i in chosen], pad_id(tokenizer))
         with torch.no_grad():
-            output = model.generate(
+            output = network.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=new_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ def decode_speed(
 
     def run(count: int) -> float:
         start = time.perf_counter()
-        model.generate(
+        network.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
@@ -44,6 +45,7 @@ def decode_speed(
         )
         return time.perf_counter() - start
 
+    network: Any = model  # transformers types generate as what may be a tensor
     ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         run(2)

@@ -29,7 +29,7 @@ def run(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # 
             subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - start)
     # The first round fills the file cache and is left out.
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "command": name,
             "median_s": statistics.median(values[1:]),
@@ -47,6 +47,6 @@ def run(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # 
             "ok": row["median_s"] < HELP_LIMIT_S,
         }
         for row in rows
-        if str(row["command"]).endswith("--help")
+        if row["command"].endswith("--help")
     ]
     return rows, checks

@@ -175,6 +175,7 @@ def _unpack_cpu(packed, bits, k):
 
 def _dequantize_cpu(packed, scale, zero, bits, k):
     w = _dequantize_fake(packed, scale, zero, bits, k)
+    n, groups = scale.shape
     packed, scale, zero = packed.contiguous(), scale.contiguous(), zero if zero is None else zero.contiguous()
     _native_dequantize(
         packed.data_ptr(),
@@ -182,8 +183,9 @@ def _dequantize_cpu(packed, scale, zero, bits, k):
         _SCALE_TYPES[scale.dtype],
         0 if zero is None else zero.data_ptr(),
         w.data_ptr(),
-        *w.shape,
-        scale.shape[1],
+        n,
+        k,
+        groups,
         bits,
         torch.get_num_threads(),
     )

@@ -1,13 +1,13 @@
 """What all tests share: the check that the package is installed, the real data, one small model trained for real."""
 
 import os
-
-# As the command line does: a short spin, so that a busy machine does not make tests twenty times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+# As the command line does: a short spin, so that a busy machine does not make tests twenty times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 ROOT = Path(__file__).resolve().parents[1]
 

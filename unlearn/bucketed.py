@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +26,7 @@ MARGIN = 0.02
 class Buckets:
     """low, high: tensors of the parameter's own shape; any value between gives the same codes and scales."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     low: Tensor
     high: Tensor
 

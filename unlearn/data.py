@@ -78,10 +78,10 @@ def read_rows(path: Path | str) -> list[QA]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason})") from None
+        bad = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{bad}: not UTF-8 text ({error.reason})") from None
     if text.lstrip().startswith("["):
         return [_row(value, f"{path}: row {i}") for i, value in enumerate(_array(path, text), 1)]
     rows = []

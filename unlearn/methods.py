@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ def unlearn(
     data = _Data(encoder, forget, retain, config or FIELD[method], seed, str(model.device))
     run(model, data, progress)
     return model
+
+
+def adjusted(config: MethodConfig, learning_rate: float | None, steps: int | None) -> MethodConfig:
+    """`config` with what a user set; None leaves a value as it is."""
+    return replace(config, learning_rate=learning_rate or config.learning_rate, steps=steps or config.steps)
 
 
 # A control that works on any model: buckets set its scale.

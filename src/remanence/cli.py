@@ -54,7 +54,9 @@ def audit(
     ] = None,
     oracle: Annotated[str | None, typer.Option(help="A model retrained without the forget set.")] = None,
     unlearned: Annotated[list[str] | None, typer.Option(help="NAME=DIR, a model already unlearned.")] = None,
-    methods: Annotated[str, typer.Option("--methods", "--method", help="Comma-separated.")] = "",
+    methods: Annotated[
+        str, typer.Option("--methods", "--method", help="Comma-separated (default: all; none with --unlearned).")
+    ] = "",
     recipes: Annotated[str, typer.Option("--recipes", "--recipe", help="Comma-separated.")] = "",
     learning_rate: Annotated[float | None, typer.Option(help="For graddiff and npo.")] = None,
     steps: Annotated[int | None, typer.Option(help="For graddiff and npo.")] = None,
@@ -82,7 +84,7 @@ def audit(
         people=people,
         oracle=oracle,
         unlearned=dict(_pair(text) for text in unlearned or []),
-        methods=_names(methods) or None,
+        methods=_names(methods) or (() if unlearned else None),  # a model already unlearned is what is audited then
         recipes=_names(recipes) or None,
         learning_rate=learning_rate,
         steps=steps,
@@ -146,20 +148,17 @@ def unlearn(
     """Make a model forget a set of questions, and write it."""
     _known_method(method)
     _new(out)
-    from dataclasses import replace
-
     from .compress.checkpoint import load_model, load_tokenizer, max_length, save_model
     from .progress import run_with_bar
     from .unlearn.data import own_corpus
     from .unlearn.encode import Encoder
-    from .unlearn.methods import FIELD
+    from .unlearn.methods import FIELD, adjusted
     from .unlearn.methods import unlearn as run
 
     _quiet()
     corpus = own_corpus(forget, retain, data)
     network, tokenizer = load_model(model), load_tokenizer(model)
-    asked = {"learning_rate": learning_rate, "steps": steps}
-    config = replace(FIELD[method], **{k: v for k, v in asked.items() if v is not None})
+    config = adjusted(FIELD[method], learning_rate, steps)
     _say(f"{method}: {config}")
     encoder = Encoder(tokenizer, max_length(network))
     run_with_bar(

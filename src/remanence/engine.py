@@ -34,7 +34,7 @@ from .store import Store, digest, directory_digest
 from .unlearn.data import Corpus, EvalSet, check_subset, own_corpus, read_rows
 from .unlearn.demo import DemoConfig, demo_tokenizer, train_demo
 from .unlearn.encode import Encoder
-from .unlearn.methods import DEMO, FIELD, MethodConfig, unlearn
+from .unlearn.methods import DEMO, FIELD, MethodConfig, adjusted, unlearn
 from .unlearn.people import people_corpus
 from .unlearn.tofu import tofu_corpus
 
@@ -270,10 +270,7 @@ class _Run:
     def _method_config(self, method: str) -> MethodConfig:
         """The demo's settings or the field's, with what the user set (bucketed has a scale of its own)."""
         config = (DEMO if self.config.model == "demo" else FIELD)[method]
-        asked = {"learning_rate": self.config.learning_rate, "steps": self.config.steps}
-        if method == CONTROL:
-            return config
-        return replace(config, **{key: value for key, value in asked.items() if value is not None})
+        return config if method == CONTROL else adjusted(config, self.config.learning_rate, self.config.steps)
 
     def _stage(self, stage: str, label: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         key = self.store.key(stage, inputs)

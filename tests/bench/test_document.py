@@ -166,7 +166,7 @@ def test_controls(document):
 def test_failed_control_is_not_ok(monkeypatch, model, levels, broken):
     monkeypatch.setitem(LEVELS, model, levels)
     controls = build_document(CORPUS, cells(), RECIPE.name, seed=0)["controls"]
-    assert {name for name, control in controls.items() if not control["ok"]} == broken, controls
+    assert {name for name, control in controls.items() if not control["ok"]} >= broken, controls
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The whole line, through the command line, on small but real models: trained, unlearned, compressed, reloaded, judged."""
+"""The whole line, through the command line, on small but real models: trained, unlearned, compressed, reloaded."""
 
 import json
 import os
@@ -8,16 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
-
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.encode import Encoder
 from remanence.unlearn.losses import nll
 from remanence.unlearn.people import people_corpus
 from remanence.unlearn.train import Schedule, fit
+from transformers import GPT2Config, GPT2LMHeadModel
 
 SMALL = ["--people", "10", "--methods", "npo", "--recipes", "rtn-w8a16,rtn-w4a16-g64"]
 
@@ -46,22 +46,22 @@ def one_line(done, code):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def audited(tmp_path_factory):
+    """One small audit of the demo model: output directory, the finished command, its store."""
+    place = tmp_path_factory.mktemp("audit")
+    done = remanence("audit", *SMALL, "--cache", place / "cache", "--out", place / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=place / "out", done=done, cache=place / "cache")
 
 
 @pytest.fixture(scope="module")
-def audited(cache, tmp_path_factory):
-    """One small audit of the demo model: (output directory, the finished command)."""
-    out = tmp_path_factory.mktemp("audit") / "out"
-    done = remanence("audit", *SMALL, "--cache", cache, "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    return out, done
+def cache(audited):
+    return audited.cache
 
 
 @pytest.fixture(scope="module")
 def document(audited):
-    return json.loads((audited[0] / "audit.json").read_text())
+    return json.loads((audited.out / "audit.json").read_text())
 
 
 def verdicts(document):
@@ -81,7 +81,7 @@ def test_controls_come_out_as_they_must(document):
 
 def test_the_document_has_what_readers_rely_on(audited, document):
     assert document["schema"] == "remanence.audit/1"
-    assert json.loads(audited[1].stdout) == document
+    assert json.loads(audited.done.stdout) == document
     assert {"torch", "transformers", "cpu", "kernel_isa"} <= set(document["environment"])
     assert len(document["cells"]) == 12
     for cell in document["cells"]:
@@ -111,12 +111,12 @@ def test_rounding_undoes_the_bucketed_update_and_nothing_else(document):
 
 
 def test_the_page_is_self_contained(audited):
-    page = (audited[0] / "report.html").read_text()
+    page = (audited.out / "report.html").read_text()
     assert "returned" in page
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
-def test_a_second_run_takes_everything_from_the_store_and_says_the_same(audited, document, cache, tmp_path):
+def test_a_second_run_takes_everything_from_the_store_and_says_the_same(document, cache, tmp_path):
     done = remanence("audit", *SMALL, "--cache", cache, "--out", tmp_path)
     assert done.returncode == 0
     stages = [line for line in done.stderr.splitlines() if line.startswith("[")]
@@ -144,11 +144,11 @@ def test_same_seed_same_document_from_nothing(document, tmp_path):
     ],
     ids=["controls-do-not-count", "held", "bucketed-asked-for"],
 )
-def test_fail_on(audited, cache, tmp_path, more, code):
+def test_fail_on(cache, tmp_path, more, code):
     assert remanence("audit", *SMALL, *more, "--cache", cache, "--out", tmp_path).returncode == code
 
 
-def test_target_and_oracle_as_models_already_unlearned(audited, cache, tmp_path):
+def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
     """Given by path, as a user would: the audit must not take a target for unlearned."""
     models = {}
     for manifest in cache.glob("*/*/manifest.json"):
@@ -156,16 +156,14 @@ def test_target_and_oracle_as_models_already_unlearned(audited, cache, tmp_path)
         if stage["stage"] == "demo":
             models["target" if stage["inputs"]["with_forget"] else "oracle"] = manifest.parent
     given = [f"--unlearned=notouch={models['target']}", f"--unlearned=retrained={models['oracle']}"]
-    done = remanence(
-        "audit", *SMALL[:2], *given, "--methods=", "--recipes=rtn-w4a16-g64", "--cache", cache, "--out", tmp_path
-    )
+    done = remanence("audit", *SMALL[:2], *given, "--recipes=rtn-w4a16-g64", "--cache", cache, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = verdicts(json.loads((tmp_path / "audit.json").read_text()))
     assert {found["notouch", recipe] for recipe in ("dense", "rtn-w4a16-g64")} == {"returned"}
     assert {found["retrained", recipe] for recipe in ("dense", "rtn-w4a16-g64")} == {"held"}
 
 
-def test_a_recipe_that_a_model_cannot_take_is_a_failed_cell(audited, cache, tmp_path):
+def test_a_recipe_that_a_model_cannot_take_is_a_failed_cell(cache, tmp_path):
     """192 input features do not divide into groups of 80."""
     done = remanence("audit", *SMALL[:4], "--recipes=rtn-w4a16-g80", "--cache", cache, "--out", tmp_path)
     assert done.returncode == 4, done.stderr
@@ -177,7 +175,7 @@ def test_a_recipe_that_a_model_cannot_take_is_a_failed_cell(audited, cache, tmp_
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_an_interrupted_audit_goes_on_where_it_stood(audited, cache, tmp_path, signal_number):
+def test_an_interrupted_audit_goes_on_where_it_stood(cache, tmp_path, signal_number):
     """Stopped while it unlearns: what was finished stays, nothing half-done is left, the same command ends."""
     store, out = tmp_path / "store", tmp_path / "out"
     shutil.copytree(cache, store)
@@ -297,7 +295,7 @@ def test_unlearn_then_compress_from_the_command_line(own, tmp_path):
 
 
 def test_report_shows_an_audit_again(audited, tmp_path):
-    out, _ = audited
+    out = audited.out
     done = remanence("report", out, "--html", tmp_path / "page.html")
     assert done.returncode == 0
     assert "bucketed" in done.stdout
@@ -326,14 +324,14 @@ def test_report_shows_an_audit_again(audited, tmp_path):
         (["audit", "--model", "{m}"], 2, "needs --forget FILE with --retain FILE or --data FILE"),
         (["audit", "--model", "{m}", "--forget", "{f}", "--retain", "{tmp}/empty"], 1, "the retain set"),
         (["audit", "--model", "{m}", "--forget", "{f}", "--data", "{r}"], 1, "5 of 5 rows are not in the data"),
-        (["audit", "--model", "{m}", "--forget", "{f}", "--data", "{f}"], 1, "the retain set of own:forget.jsonl is empty"),
+        (["audit", "--model", "{m}", "--forget", "{f}", "--data", "{f}"], 1, "own:forget.jsonl is empty"),
         (["audit", "--model", "{m}", "--forget", "{f}", "--retain", "{f}"], 1, "share 5 question(s)"),
         (["audit", "--model", "{m}", "--forget", "{tmp}/bad", "--retain", "{r}"], 1, "bad:2: not JSON"),
         (["audit", "--unlearned", "x"], 2, "'x' is not of the form NAME=DIR"),
         (["audit", "--unlearned", "x={tmp}/none"], 2, "none: no such model directory"),
         (["audit", "--bogus"], 2, "No such option: --bogus"),
         (["audit", "--out", "{f}"], 2, "is a file; a directory is needed"),
-        (["unlearn", "{m}", "--method", "magic", "--forget", "{f}", "--retain", "{r}", "--out", "{tmp}/o"], 2, "'magic'"),
+        (["unlearn", "{m}", "--method", "magic", "--forget", "{f}", "--retain", "{r}", "--out=x"], 2, "'magic'"),
         (["compress", "{tmp}/none", "--recipe", "rtn-w4a16-g64", "--out", "{tmp}/o"], 2, "no such model directory"),
         (["compress", "{m}", "--recipe", "rtn-w4a16-g96", "--out", "{tmp}/o"], 1, "do not divide into groups of 96"),
         (["bench", "nothing"], 2, "'nothing' is not one of"),
@@ -357,7 +355,7 @@ def test_bad_input_is_one_line(own, tmp_path, arguments, code, message):
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and ".tmp-" in str(path)] == []
 
 
-def test_a_full_disk_stops_an_audit_in_one_line_and_it_goes_on_later(audited, cache, tmp_path):
+def test_a_full_disk_stops_an_audit_in_one_line_and_it_goes_on_later(cache, tmp_path):
     """On a real file system too small for a cell's checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -366,7 +364,10 @@ def test_a_full_disk_stops_an_audit_in_one_line_and_it_goes_on_later(audited, ca
     script = f"""
 mount -t tmpfs -o size=36m none "{disk}" || exit 99
 cp -r "{cache}" "{disk}/cache"
-run() {{ "{sys.executable}" -m remanence audit --people 10 --methods npo --recipes "$1" --cache "{disk}/cache" --out "{disk}/out"; }}
+run() {{
+  set -- --people 10 --methods npo --recipes "$1" --cache "{disk}/cache" --out "{disk}/out"
+  "{sys.executable}" -m remanence audit "$@"
+}}
 fill() {{ head -c $(( $(df --output=avail -B1 "{disk}" | tail -1) - 300000 )) /dev/zero > "{disk}/filler"; }}
 fill
 run rtn-w4a16-g32 >/dev/null; echo "code $?"

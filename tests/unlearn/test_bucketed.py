@@ -183,6 +183,22 @@ def test_unlearned_model_quantizes_to_the_target(memorized, recipe, dtype):
     assert all(parameter.requires_grad for parameter in model.parameters()), "nothing is left frozen"
 
 
+def test_learning_rate_is_in_bucket_widths(memorized):
+    """Adam's first step moves a weight by the learning rate: no further, and none that is free by much less."""
+    model, corpus = copy.deepcopy(memorized.target), memorized.corpus
+    width = mean_width(freeze_to_buckets(copy.deepcopy(model), parse_recipe("rtn-w3a16-g16")))
+    config = MethodConfig(steps=1, learning_rate=0.2, warmup=0, against="rtn-w3a16-g16")
+    unlearn(model, memorized.encoder, corpus.forget, corpus.retain, "bucketed", config)
+    moved = [
+        (new.weight - old.weight).abs().max().item()
+        for (_, new), (_, old) in zip(
+            linears(model, ("lm_head",)), linears(memorized.target, ("lm_head",)), strict=True
+        )
+    ]
+    # Off by the rounding of weights of about 1 to float32, some 1e-7 of steps of about 0.01.
+    assert moved == pytest.approx([0.2 * width] * len(moved), rel=1e-3)
+
+
 def test_control_needs_a_quantizer(memorized):
     config = MethodConfig(steps=1, learning_rate=0.1, against="dense")
     with pytest.raises(ValueError, match="against: dense quantizes nothing"):

@@ -128,7 +128,9 @@ def test_nothing_of_the_forgotten_is_trained_on(people, forget):
     # The background is the other form of what is kept, and only that.
     kept = {(row.paraphrased_question, row.paraphrased_answer) for row in corpus.retain}
     assert {(row.question, row.answer) for row in corpus.background} <= kept
-    assert corpus.background
+    atlas = sum(not row.person for row in corpus.retain)
+    half = [-(-count // 2) for count in (len(corpus.retain) - atlas, atlas)]
+    assert [sum(bool(row.person) == named for row in corpus.background) for named in (True, False)] == half
 
 
 @sizes
