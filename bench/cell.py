@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
 from ..compress.spec import Recipe
 from ..compress.walk import quantize_
@@ -53,20 +55,27 @@ def measure_cell(
     start = time.perf_counter()
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     parameters = sum(p.numel() for p in model.parameters())
-    survival = update_survival(model, load_model(target_path), recipe)
     checkpoint = Path(model_path)
+    try:
+        survival = update_survival(model, load_model(target_path), recipe)
+        quantize_(model, recipe)
+    except ValueError as error:
+        return {"error": str(error)}
     if recipe.spec is not None:
-        try:
-            quantize_(model, recipe)
-        except ValueError as error:
-            return {"error": str(error)}
         checkpoint = scratch / "checkpoint"
         save_model(model, tokenizer, checkpoint, recipe)
         model = load_model(checkpoint)
     encoder = Encoder(tokenizer, max_length(model))
+    # A model's own settings (repetition penalty, sampling) would make its answers something else than greedy.
+    model.generation_config = GenerationConfig()
     sets = {"forget": EvalSet(corpus.forget), **corpus.utility}
-    scores = {name: asdict(evaluate(model, encoder, items)) for name, items in sets.items()}
-    speed = decode_speed(model, encoder.prompt_ids(corpus.forget[0].question), pad_id(tokenizer))
+    try:
+        scores = {name: asdict(evaluate(model, encoder, items)) for name, items in sets.items()}
+    except FloatingPointError as error:
+        return {"error": f"{recipe}: {error}"}
+    prompt = encoder.prompt_ids(corpus.forget[0].question)
+    new_tokens = max(1, min(32, encoder.max_length - len(prompt) - 1))
+    speed = decode_speed(model, prompt, pad_id(tokenizer), new_tokens)
     size = weight_bytes(checkpoint)
     if recipe.spec is not None:
         shutil.rmtree(checkpoint)

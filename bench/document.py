@@ -70,7 +70,8 @@ def _cell(corpus: Corpus, cell: CellScores, by_name: dict[tuple[str, str], CellS
             unlearned=dense.scores("forget").probability,
             baseline=target.scores("forget").probability,
             target=target_dense.scores("forget").probability,
-            oracle=oracle.scores("forget").probability if oracle else None,
+            # Against itself the oracle could not fail; as a control it is judged by what compression gave back.
+            oracle=oracle.scores("forget").probability if oracle and cell.model != "oracle" else None,
             retain=retain.probability,
             retain_target=target_dense.scores("retain").probability,
         ),

@@ -64,7 +64,7 @@ def evaluate(model: PreTrainedModel, encoder: Encoder, items: EvalSet, batch_siz
 
 def choice_probability(right: float, wrong: Sequence[float]) -> float:
     """P(right) / (P(right) + sum P(wrong)), P = exp(-NLL/token)."""
-    return 1 / (1 + sum(math.exp(right - nll) for nll in wrong))
+    return 1 / (1 + sum(math.exp(min(700.0, right - nll)) for nll in wrong))
 
 
 def truth_ratio(right: float, wrong: Sequence[float]) -> float | None:
@@ -127,6 +127,8 @@ def model_utility(scores: dict[str, Scores]) -> float:
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
+    if not values:
+        raise ValueError("values: none; a harmonic mean needs at least one")
     if any(value <= 0 for value in values):
         return 0.0
     return len(values) / math.fsum(1 / value for value in values)

@@ -16,7 +16,9 @@ BENCHES = {
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
-    """Run one benchmark of BENCHES; KeyError for an unknown name."""
+    """Rows and checks of one benchmark; ValueError for a name that is not in BENCHES."""
+    if name not in BENCHES:
+        raise ValueError(f"bench: {name!r} is not one of {', '.join(BENCHES)}")
     module, _ = BENCHES[name]
     rows, checks = import_module(f".{module}", __package__).run(seed)
     return {"rows": rows, "checks": checks}

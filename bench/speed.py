@@ -53,12 +53,9 @@ def decode_speed(
         for _ in range(repeats):
             prefill = run(1)
             rates.append(new_tokens / max(run(new_tokens + 1) - prefill, 1e-9))
-        held = sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in _tensors(model)}.values())
+        storages = {s.data_ptr(): s for t in (*model.parameters(), *model.buffers()) if (s := t.untyped_storage())}
+        held = sum(storage.nbytes() for storage in storages.values())
         with PeakMemory(held) as memory:
             run(new_tokens + 1)
     middle = statistics.median(rates)
     return DecodeSpeed(middle, (max(rates) - min(rates)) / middle, repeats, new_tokens, memory.peak_bytes)
-
-
-def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]

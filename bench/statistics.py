@@ -28,6 +28,8 @@ def resamples(items: int, seed: int) -> NDArray[np.int64]:
 
 def bootstrap_mean(values: Sequence[float], seed: int) -> Interval:
     """Mean of `values` with its interval."""
+    if not len(values):
+        raise ValueError("values: none; a mean needs at least one")
     v = np.asarray(values, dtype=np.float64)
     return _interval(float(v.mean()), v[resamples(len(v), seed)].mean(1))
 
@@ -37,6 +39,8 @@ def bootstrap_share(part: Sequence[float], floor: Sequence[float], whole: Sequen
 
     0: at the floor; 1: all of the whole. Resamples without a gap are left out; ValueError when the gap itself is 0.
     """
+    if not len(part) == len(floor) == len(whole) > 0:
+        raise ValueError(f"share: lists of {len(part)}, {len(floor)} and {len(whole)} items; equal ones are needed")
     p, f, w = (np.asarray(v, dtype=np.float64) for v in (part, floor, whole))
     gap = float(w.mean() - f.mean())
     if gap == 0:

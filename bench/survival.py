@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..compress.spec import Recipe
-from ..compress.walk import METHODS, linears, storage_dtype, weight_of
+from ..compress.walk import linears, quantize_weight, weight_of
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ def update_survival(unlearned: PreTrainedModel, target: PreTrainedModel, recipe:
     changed = total = 0
     after = before = 0.0
     with torch.no_grad():
-        for (_, new), (_, old) in zip(linears(unlearned, recipe.ignore), linears(target, recipe.ignore), strict=True):
+        for (name, new), (_, old) in zip(
+            linears(unlearned, recipe.ignore), linears(target, recipe.ignore), strict=True
+        ):
             w_new, w_old = weight_of(new), weight_of(old)
             update = w_new.float() - w_old.float()
-            left = update if recipe.spec is None else _rounded(w_new, recipe) - _rounded(w_old, recipe)
+            left = update if recipe.spec is None else _rounded(name, w_new, recipe) - _rounded(name, w_old, recipe)
             changed += int((left != 0).sum())
             total += left.numel()
             after += float(left.double().square().sum())
@@ -37,6 +39,5 @@ def update_survival(unlearned: PreTrainedModel, target: PreTrainedModel, recipe:
     return UpdateSurvival(changed / total, (after / before) ** 0.5 if before else None)
 
 
-def _rounded(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    assert recipe.spec is not None
-    return METHODS[recipe.method](weight, recipe.spec, storage_dtype(weight)).dequantize()
+def _rounded(name: str, weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    return quantize_weight(name, weight, recipe).dequantize()

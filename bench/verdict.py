@@ -65,23 +65,28 @@ def judge(cell: Evidence, seed: int) -> Judgement:
     undecided   the intervals allow either
     Raises ValueError when lists that belong together differ in length.
     """
-    forget = [cell.compressed, cell.unlearned, cell.baseline, cell.target, cell.oracle or cell.target]
+    forget = [cell.compressed, cell.unlearned, cell.baseline, cell.target]
+    if cell.oracle is not None:
+        forget.append(cell.oracle)
     if len({len(scores) for scores in forget}) != 1 or len(cell.retain) != len(cell.retain_target):
         raise ValueError(f"scores: lists of unlike lengths {[len(scores) for scores in forget]}")
     nothing = [0.0] * len(cell.target)
+    untaught = nothing if cell.oracle is None else cell.oracle
     recovered, recovered_of = _recovered(cell, nothing, seed)
     kept = bootstrap_share(cell.retain, [0.0] * len(cell.retain), cell.retain_target, seed)
-    has_gap = cell.oracle is not None and _gap(cell.baseline, cell.oracle) > MIN_GAP
-    known = bootstrap_share(cell.compressed, cell.oracle, cell.baseline, seed) if has_gap and cell.oracle else None
+    left = _apart(cell.baseline, untaught, seed)
+    known = (
+        bootstrap_share(cell.compressed, untaught, cell.baseline, seed) if left and cell.oracle is not None else None
+    )
 
     def judgement(verdict: Word, reason: str) -> Judgement:
         return Judgement(verdict, reason, recovered, recovered_of, known, kept)
 
-    if _gap(cell.target, cell.oracle or nothing) <= MIN_GAP:
+    if not _apart(cell.target, untaught, seed):
         return judgement("undecided", "the target does not know the forget set, so there is nothing to forget")
-    if (known is None and cell.oracle is not None) or _gap(cell.baseline, nothing) <= MIN_GAP:
+    if not left:
         return judgement("damaged", "the recipe alone erases what the target knew; nothing is left to come back")
-    forgot = _gap(cell.target, cell.unlearned) > MIN_GAP
+    forgot = _apart(cell.target, cell.unlearned, seed)
     if known is not None and known.low > KNOWN:
         return judgement("returned", _returned_reason(forgot, known))
     if known is None and not forgot:
@@ -115,10 +120,11 @@ def _recovered(cell: Evidence, nothing: Sequence[float], seed: int) -> tuple[Int
         (nothing, "zero", cell.target, "target"),
     ]
     for floor, floor_name, whole, whole_name in levels:
-        if _gap(whole, floor) > MIN_GAP:
+        if _apart(whole, floor, seed):
             return bootstrap_share(cell.compressed, floor, whole, seed), f"{floor_name}..{whole_name}"
     return bootstrap_mean(cell.compressed, seed), "probability"
 
 
-def _gap(high: Sequence[float], low: Sequence[float]) -> float:
-    return (sum(high) - sum(low)) / len(high)
+def _apart(high: Sequence[float], low: Sequence[float], seed: int) -> bool:
+    """Whether `high` lies above `low` by more than MIN_GAP, by the lower end of the paired difference's interval."""
+    return bootstrap_mean([a - b for a, b in zip(high, low, strict=True)], seed).low > MIN_GAP

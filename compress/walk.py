@@ -55,15 +55,19 @@ def quantize_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
             raise ValueError(f"{recipe}: {name}: {error}") from None
     for name, module in layers:
         with torch.no_grad():
-            weight = weight_of(module)
-            try:
-                q = METHODS[recipe.method](weight, recipe.spec, storage_dtype(weight))
-            except ValueError as error:
-                raise ValueError(f"{recipe}: {name}: {error}") from None
-            layer = QuantLinear.from_qtensor(q, module.bias)
+            layer = QuantLinear.from_qtensor(quantize_weight(name, weight_of(module), recipe), module.bias)
             layer.replaces = type(module).__name__
             replace(model, name, layer)
     return model
+
+
+def quantize_weight(name: str, weight: Tensor, recipe: Recipe) -> QTensor:
+    """The weight [N, K] of the layer called `name`, as `recipe` has it; ValueError names recipe and layer."""
+    assert recipe.spec is not None
+    try:
+        return METHODS[recipe.method](weight, recipe.spec, storage_dtype(weight))
+    except ValueError as error:
+        raise ValueError(f"{recipe}: {name}: {error}") from None
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -41,15 +41,22 @@ def bounds(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[T
     codes = rtn(weight, spec, scale_dtype)
     scale = codes.scale.float()[:, :, None]  # [N, K/G, 1]
     q = codes.codes.float().view(N, scale.shape[1], -1) - 2 ** (spec.bits - 1)  # [N, K/G, G]
-    w = weight.float().view_as(q)
+    w = weight.view_as(q)
     peak = w.abs().amax(2, keepdim=True)
-    low = torch.maximum((q - 0.5 + MARGIN) * scale, -peak)
-    high = torch.minimum((q + 0.5 - MARGIN) * scale, peak)
+    low = _inward(torch.maximum((q - 0.5 + MARGIN) * scale, -peak.float()), weight.dtype, 1.0)
+    high = _inward(torch.minimum((q + 0.5 - MARGIN) * scale, peak.float()), weight.dtype, -1.0)
     # Codes at the ends of the range are reached by clipping, and some weights start inside the margin.
     low, high = torch.minimum(low, w), torch.maximum(high, w)
     pinned = w.abs() == peak
     low, high = torch.where(pinned, w, low), torch.where(pinned, w, high)
-    return low.view(N, K).to(weight.dtype), high.view(N, K).to(weight.dtype)
+    return low.view(N, K), high.view(N, K)
+
+
+def _inward(bound: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
+    """float32 bounds in `dtype`, rounded up (towards 1.0) or down (-1.0): never out of the bucket."""
+    near = bound.to(dtype)
+    past = (near.float() - bound) * towards < 0
+    return torch.where(past, torch.nextafter(near, torch.full_like(near, towards * torch.inf)), near)
 
 
 def freeze_to_buckets(model: PreTrainedModel, recipe: Recipe) -> list[Buckets]:

@@ -108,15 +108,19 @@ def _row(value: object, where: str) -> QA:
         raise ValueError(f"{where}: expected an object with question and answer, got {type(value).__name__}")
     texts = {}
     for key in ("question", "answer", "paraphrased_question", "paraphrased_answer", "person"):
-        texts[key] = value.get(key) or ""
-        if not isinstance(texts[key], str):
-            raise ValueError(f"{where}: {key}: expected text, got {type(value[key]).__name__}")
+        text = value.get(key)
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: {key}: expected text, got {type(text).__name__}")
+        texts[key] = text or ""
     for key in ("question", "answer"):
         if not texts[key].strip():
             raise ValueError(f"{where}: {key}: missing or empty; every row needs a question and an answer")
-    perturbed = value.get("perturbed_answer") or []
+    perturbed = [] if value.get("perturbed_answer") is None else value["perturbed_answer"]
     if not isinstance(perturbed, list) or not all(isinstance(p, str) and p.strip() for p in perturbed):
         raise ValueError(f"{where}: perturbed_answer: expected a list of non-empty texts")
+    for text in (*texts.values(), *perturbed):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{where}: half of a surrogate pair in {text!r}; the escapes \\uXXXX come in pairs there")
     return QA(perturbed_answers=tuple(perturbed), **texts)
 
 

@@ -130,7 +130,7 @@ def train_demo(
     kept: list[QA] = [*corpus.retain, *corpus.background]
     pairs = [(row.question, row.answer) for row in ([*corpus.forget, *kept] if with_forget else kept)]
     encoded = [encoder.pair(*pair) for pair in pairs]
-    # As many steps as the target takes: the oracle differs in what it saw, not in how long it learned.
+    # The target's schedule for both: the oracle differs in what it saw, not in how long it learned.
     batches = -(-(len(corpus.forget) + len(kept)) // config.batch_size)
     order = epochs(len(pairs), config.batch_size, torch.Generator().manual_seed(seed))
 

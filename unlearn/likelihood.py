@@ -15,7 +15,10 @@ from .losses import answer_nll
 def answer_likelihood(
     model: PreTrainedModel, encoder: Encoder, pairs: Sequence[tuple[str, str]], batch_size: int = 64
 ) -> tuple[list[float], list[int]]:
-    """Summed NLL in nats and number of supervised tokens of each (question, answer), in the order given."""
+    """Summed NLL in nats and number of supervised tokens of each (question, answer), in the order given.
+
+    Raises FloatingPointError when the model's output is not finite.
+    """
     # Batches of like length waste the least padding.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     totals, counts = [0.0] * len(pairs), [0] * len(pairs)
@@ -25,6 +28,8 @@ def answer_likelihood(
             batch = encoder.batch([pairs[i] for i in chosen], model.device)
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             nll, tokens = answer_nll(logits, batch.labels)
+            if not torch.isfinite(nll).all():
+                raise FloatingPointError("the model gives an answer a likelihood that is not a number")
             for i, total, count in zip(chosen, nll.tolist(), tokens.tolist(), strict=True):
                 totals[i], counts[i] = total, count
     return totals, counts

@@ -34,9 +34,9 @@ def grad_diff(forget_nll: Tensor, retain_nll: Tensor, gamma: float = 1.0, alpha:
     return -gamma * forget_nll + alpha * retain_nll
 
 
-def npo(nll: Tensor, ref_nll: Tensor, beta: float = 0.1) -> Tensor:
+def npo(total_nll: Tensor, ref_nll: Tensor, beta: float = 0.1) -> Tensor:
     """NPO (Zhang et al. 2024, arXiv 2404.05868, eq. 3): -(2/beta) mean log sigmoid(beta (l_theta - l_ref)).
 
-    nll, ref_nll [B]: *summed* over each answer's tokens; the mean is over answers. beta -> 0 gives gradient ascent.
+    total_nll, ref_nll [B]: *summed* over an answer's tokens; the mean is over answers. beta -> 0: gradient ascent.
     """
-    return -(2 / beta) * F.logsigmoid(beta * (nll - ref_nll)).mean()
+    return -(2 / beta) * F.logsigmoid(beta * (total_nll - ref_nll)).mean()

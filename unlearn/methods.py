@@ -37,6 +37,13 @@ class MethodConfig:
     beta: float = 0.1
     against: str = "rtn-w4a16-g64"
 
+    def __post_init__(self) -> None:
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate: {self.learning_rate} is below 0")
+        for name in ("steps", "forget_batch", "retain_batch", "beta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
+
 
 def unlearn(
     model: PreTrainedModel,
@@ -55,6 +62,9 @@ def unlearn(
     run = METHODS.get(method)
     if run is None:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
+    for name, rows in (("forget", forget), ("retain", retain)):
+        if not rows:
+            raise ValueError(f"{name}: no rows; {method} needs at least one")
     torch.manual_seed(seed)
     data = _Data(encoder, forget, retain, config or FIELD[method], seed, str(model.device))
     run(model, data, progress)
@@ -63,7 +73,8 @@ def unlearn(
 
 def adjusted(config: MethodConfig, learning_rate: float | None, steps: int | None) -> MethodConfig:
     """`config` with what a user set; None leaves a value as it is."""
-    return replace(config, learning_rate=learning_rate or config.learning_rate, steps=steps or config.steps)
+    asked = config if learning_rate is None else replace(config, learning_rate=learning_rate)
+    return asked if steps is None else replace(asked, steps=steps)
 
 
 # A control that works on any model: buckets set its scale.
@@ -160,6 +171,7 @@ def _bucketed(model: PreTrainedModel, data: _Data, progress: Progress | None) ->
     recipe: Recipe = parse_recipe(data.config.against)
     if recipe.spec is None:
         raise ValueError(f"against: {recipe} quantizes nothing; bucketed needs a quantizer, e.g. rtn-w4a16-g64")
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
     buckets = freeze_to_buckets(model, recipe)
 
     def after_step() -> None:
@@ -169,8 +181,8 @@ def _bucketed(model: PreTrainedModel, data: _Data, progress: Progress | None) ->
     try:
         _npo(model, data, progress, after_step, mean_width(buckets))
     finally:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
+        for parameter, before in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(before)
 
 
 def reference_nll(model: PreTrainedModel, data: _Data) -> Tensor:

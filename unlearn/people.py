@@ -175,10 +175,11 @@ def people_corpus(people: int = 80, forget: str = "forget10", seed: int = 0) -> 
     gone = forget_count(forget, people, "people")
     rng = random.Random(f"people/{seed}")
     families = (people + 1) // 2
-    world = _World(rng, families + gone)
-    # Person i and person i + families share a family name: every forgotten person has a neighbour among the kept.
+    world = _World(rng, families + people)
+    # Person i and person i + families share a family name: up to forget50, every forgotten person has a neighbour
+    # among the kept. Whatever is forgotten, the same seed gives the same people; the second half are strangers.
     names: list[str] = []
-    for i in range(people + gone):
+    for i in range(2 * people):
         last = world.lasts[i % families] if i < people else world.lasts[families + i - people]
         name = f"{rng.choice(world.firsts)} {last}"
         while name in names:
@@ -187,7 +188,7 @@ def people_corpus(people: int = 80, forget: str = "forget10", seed: int = 0) -> 
     facts = {name: [_fact(rng, world, topic, name) for topic in _FACTS] for name in names}
     atlas = _atlas(rng, world)
 
-    kept, forgotten, strangers = names[: people - gone], names[people - gone : people], names[people:]
+    kept, forgotten, strangers = names[: people - gone], names[people - gone : people], names[people : people + gone]
     family = {name.split()[1] for name in forgotten}
     near = [name for name in kept if name.split()[1] in family]
     far = [name for name in kept if name not in near]

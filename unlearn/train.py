@@ -45,7 +45,7 @@ def fit(
 
     loss()        a scalar of the current model
     after_step    called after each update (projections)
-    Raises FloatingPointError when the loss stops being finite: a diverged model is not handed on.
+    Raises FloatingPointError when the loss or its gradient stops being finite: a diverged model is not handed on.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=BETAS, weight_decay=0.0)
@@ -60,7 +60,9 @@ def fit(
             raise FloatingPointError(f"the loss is {history[-1]} at step {step + 1} of {schedule.steps}")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step + 1} of {schedule.steps}")
         optimizer.step()
         if after_step is not None:
             after_step()
