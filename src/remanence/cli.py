@@ -96,6 +96,7 @@ def audit(
 def _audit(config: AuditConfig, out: Path, cache: Path, fail_on: tuple[str, ...], as_json: bool) -> None:
     from .compress.files import write_json, write_text
     from .config import CONTROL
+    from .corpus import load_corpus
     from .progress import Bars, Lines
 
     _writable(out)
@@ -103,6 +104,7 @@ def _audit(config: AuditConfig, out: Path, cache: Path, fail_on: tuple[str, ...]
     references = 2 if config.model == "demo" or config.oracle else 1
     recipes = len({*config.recipes, config.positive_control})
     stages = (2 if config.model == "demo" else 0) + len({*config.methods, CONTROL}) + recipes * (references + given)
+    load_corpus(config)  # what is wrong with the data is said before torch loads
     _say("loading torch and transformers ...")
     from .engine import audit as run
 

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,15 @@ from .compress.checkpoint import load_model, load_tokenizer, max_length, write_m
 from .compress.files import read_json, write_json
 from .compress.spec import parse_recipe
 from .config import CONTROL, AuditConfig
+from .corpus import load_corpus
 from .kernels.ops import isa
 from .progress import Reporter, Silent
 from .report import SCHEMA
 from .store import Store, digest, directory_digest
-from .unlearn.data import Corpus, EvalSet, check_subset, own_corpus, read_rows
+from .unlearn.data import Corpus
 from .unlearn.demo import DemoConfig, demo_tokenizer, train_demo
 from .unlearn.encode import Encoder
 from .unlearn.methods import DEMO, FIELD, MethodConfig, adjusted, unlearn
-from .unlearn.people import people_corpus
-from .unlearn.tofu import tofu_corpus
 
 # Raise one of these when a change makes earlier results of that stage wrong.
 STAGE_VERSIONS = {"demo": 1, "unlearn": 1, "cell": CELL_VERSION}
@@ -70,7 +69,8 @@ def audit(config: AuditConfig, cache: Path | str, reporter: Reporter | None = No
     with _deterministic():
         corpus = load_corpus(config)
         run = _Run(config, corpus, Store(cache, reporter.note), reporter)
-        models = run.references() + run.unlearned()
+        given = run.given()  # first: what is wrong with them is said before any work
+        models = run.references() + given + run.unlearned()
         cells = run.grid(models)
     document = build_document(corpus, cells, config.positive_control, config.seed)
     times = {
@@ -103,51 +103,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def load_corpus(config: AuditConfig) -> Corpus:
-    """The data that `config` names."""
-    if config.data == "people":
-        corpus = people_corpus(config.people or 80, _share(config.forget), config.seed)
-    elif config.data == "tofu":
-        authors = config.people or (20 if config.model == "demo" else None)
-        corpus = tofu_corpus(config.data_dir, _share(config.forget), authors)
-    else:
-        return own_corpus(config.forget, config.retain, config.data)
-    if Path(config.forget).is_file():
-        return _reforget(corpus, config.forget)
-    return corpus
-
-
-def _share(forget: str) -> str:
-    """ "forgetNN" as it is; a file of rows is taken from the data's own default split."""
-    return "forget10" if Path(forget).is_file() else forget
-
-
-def _reforget(corpus: Corpus, file: str) -> Corpus:
-    """The same data, with the rows of `file` forgotten instead, together with all rows of the same people."""
-    rows = read_rows(file)
-    everything = [*corpus.retain, *corpus.forget]
-    check_subset(rows, everything, corpus.name)
-    asked = {(row.question, row.answer) for row in rows}
-    people = {row.person for row in everything if (row.question, row.answer) in asked and row.person}
-    gone = [row for row in everything if row.person in people or (row.question, row.answer) in asked]
-    kept = [row for row in everything if row not in gone]
-    lost = {row.question for row in gone}
-    utility = {}
-    for name, items in corpus.utility.items():
-        left = tuple(row for row in items.rows if row.question not in lost)
-        if left:
-            utility[name] = EvalSet(left, items.choices)
-    background = tuple(row for row in corpus.background if not row.person or row.person not in people)
-    return replace(
-        corpus,
-        name=f"{corpus.name}+{Path(file).name}",
-        forget=tuple(gone),
-        retain=tuple(kept),
-        background=background,
-        utility=utility,
-    )
-
-
 class _Run:
     """One audit in progress: what its stages share."""
 
@@ -157,24 +112,23 @@ class _Run:
         self.target: Model
         self.train_probability: dict[str, Any] = {}  # of the demo models
 
+    def given(self) -> list[Model]:
+        """The user's models that are already unlearned."""
+        return [self._given(name, path, None) for name, path in self.config.unlearned.items()]
+
     def references(self) -> list[Model]:
         """The target, and the oracle where there is one."""
         if self.config.model == "demo":
             self.target = self._demo("target", "baseline")
             return [self.target, self._demo("oracle", "negative")]
         self.target = self._given("target", self.config.model, "baseline")
-        models = [self.target]
-        if self.config.oracle:
-            models.append(self._given("oracle", self.config.oracle, "negative"))
-        return models
+        oracle = self.config.oracle
+        return [self.target, *([self._given("oracle", oracle, "negative")] if oracle else [])]
 
     def unlearned(self) -> list[Model]:
-        """Models given as unlearned, those we unlearn, and the positive control (audited too where asked for)."""
-        models = [self._given(name, path, None) for name, path in self.config.unlearned.items()]
-        models += [self._unlearn(method, None) for method in self.config.methods]
-        if CONTROL not in self.config.methods:
-            models.append(self._unlearn(CONTROL, "positive"))
-        return models
+        """Those we unlearn, and the positive control (audited too where asked for)."""
+        models = [self._unlearn(method, None) for method in self.config.methods]
+        return models if CONTROL in self.config.methods else [*models, self._unlearn(CONTROL, "positive")]
 
     def grid(self, models: list[Model]) -> list[CellScores]:
         """Every model under every recipe."""
