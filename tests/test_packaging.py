@@ -1,6 +1,7 @@
 """The wheel that users install: complete, importable from anywhere, and unharmed by Hugging Face's `kernels`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,38 +36,51 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-def python(*arguments: str, site: Path, cwd: Path) -> str:
-    """Run with `site` before everything else, and without the editable install's import hook."""
-    code = f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; {USE}"
-    env = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, *arguments, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+def python(more: str = "", *, site: list[Path], cwd: Path) -> str:
+    """Run USE with `site` before everything else, and without the editable install's import hook."""
+    hook = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__];"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, site))}
+    done = subprocess.run([sys.executable, "-c", hook + more + USE], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
+@pytest.fixture(scope="module")
+def hf_kernels(tmp_path_factory) -> Path:
+    """Hugging Face's `kernels`, under a version that transformers takes (it ignores older ones)."""
+    target = tmp_path_factory.mktemp("hf")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(target), "kernels"]
+    if subprocess.run(pip, capture_output=True).returncode:
+        pytest.skip("the package `kernels` cannot be fetched here")
+    (info,) = target.glob("kernels-*.dist-info")
+    metadata = (info / "METADATA").read_text()
+    (info / "METADATA").write_text(re.sub(r"^Version: 0\.1[0-7]\..*$", "Version: 0.18.2", metadata, flags=re.M))
+    return target
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["elsewhere", "checkout"])
-@pytest.mark.parametrize("hf_kernels", [False, True], ids=["alone", "beside-hf-kernels"])
-def test_regular_install_imports(installed, tmp_path, where, hf_kernels):
-    site = installed
-    if hf_kernels:
-        # As transformers sees it: a regular package `kernels` with a version it accepts.
-        site = tmp_path / "site"
-        shutil.copytree(installed, site)
-        (site / "kernels").mkdir()
-        # Any name that transformers takes from it, whatever its version asks for.
-        (site / "kernels/__init__.py").write_text(
-            "__version__ = '0.18.2'\n"
-            "def __getattr__(name):\n"
-            "    if name.startswith('__'):\n"
-            "        raise AttributeError(name)\n"
-            "    return type(name, (), {})\n"
-        )
-        info = site / "kernels-0.18.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+def test_regular_install_imports(installed, tmp_path, where):
     cwd = ROOT if where == "checkout" else tmp_path
-    assert python(site=site, cwd=cwd) == str(site / "remanence/__init__.py")
+    assert python(site=[installed], cwd=cwd) == str(installed / "remanence/__init__.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["elsewhere", "checkout"])
+def test_regular_install_beside_hf_kernels(installed, hf_kernels, tmp_path, where):
+    cwd = ROOT if where == "checkout" else tmp_path
+    more = "from transformers.utils.import_utils import is_kernels_available as there; assert there(); import kernels;"
+    more += f"assert kernels.__file__.startswith({str(hf_kernels)!r});"
+    assert python(more, site=[installed, hf_kernels], cwd=cwd) == str(installed / "remanence/__init__.py")
+
+
+@pytest.mark.slow
+def test_editable_install_beside_hf_kernels(hf_kernels, tmp_path):
+    """This environment's own install, from the checkout, where ./kernels lies in the current directory."""
+    env = {**os.environ, "PYTHONPATH": str(hf_kernels)}
+    for cwd in (ROOT, tmp_path):
+        done = subprocess.run([sys.executable, "-c", USE], cwd=cwd, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
