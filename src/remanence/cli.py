@@ -196,11 +196,12 @@ def compress(
 def report(
     source: Annotated[Path, typer.Argument(help="audit.json, or the directory it is in.")],
     html_out: Annotated[Path | None, typer.Option("--html", help="Write the page here.")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show an audit again: the table, and the page with --html."""
     from .compress.files import write_text
-    from .report import html, read, terminal
+    from .report import html, markdown, read, terminal
 
     document = read(source)
     if html_out is not None:
@@ -208,6 +209,8 @@ def report(
         _say(f"report: {html_out}")
     if as_json:
         print(json.dumps(document, indent=1, ensure_ascii=False))
+    elif as_markdown:
+        print(markdown(document), end="")
     else:
         terminal(document, sys.stdout)
 

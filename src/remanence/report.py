@@ -1,4 +1,4 @@
-"""An audit's document for people: the terminal table here, the page in page.py."""
+"""An audit's document for people: tables for terminals and READMEs here, the page in page.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from .compress.files import read_json
-from .labels import VERDICTS, interval, label, number
+from .labels import VERDICTS, interval, label, number, word
 from .page import html
 
-__all__ = ["SCHEMA", "VERDICTS", "broken_controls", "html", "read", "terminal"]
+__all__ = ["SCHEMA", "VERDICTS", "broken_controls", "html", "markdown", "read", "terminal"]
 
 SCHEMA = "remanence.audit/1"
 _COLOURS = {"held": "green", "returned": "red", "damaged": "yellow", "undecided": "blue"}
@@ -31,6 +31,28 @@ def read(source: Path | str) -> dict[str, Any]:
 def broken_controls(document: dict[str, Any]) -> list[str]:
     """What the failed controls found; empty when the audit can be trusted."""
     return [f"{name}: {c['detail']}" for name, c in document["controls"].items() if not c["ok"]]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The cells as a Markdown table, for a README or an issue."""
+    lines = [
+        "| model | recipe | forget P | recovered share [95%] | word for word | retain P | utility | × fp16 | verdict |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for cell in document["cells"]:
+        name = label(cell["method"], cell["control"]).replace("|", "\\|")
+        figures = ["", "", "", "", "", ""]
+        if "error" not in cell:
+            figures = [
+                number(cell["forget"], 3),
+                interval(cell["recovered_share"]),
+                number(cell["forget_verbatim"]),
+                number(cell["retain"], 3),
+                number(cell["model_utility"]),
+                number(cell["size_vs_fp16"]),
+            ]
+        lines.append(f"| {name} | {cell['recipe']} | {' | '.join(figures)} | {word(cell)} |")
+    return "\n".join(lines) + "\n"
 
 
 def terminal(document: dict[str, Any], file: IO[str]) -> None:

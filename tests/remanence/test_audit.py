@@ -300,6 +300,10 @@ def test_report_shows_an_audit_again(audited, tmp_path):
     assert done.returncode == 0
     assert "bucketed" in done.stdout
     assert (tmp_path / "page.html").read_text() == (out / "report.html").read_text()
+    rows = remanence("report", out, "--markdown").stdout.splitlines()
+    assert len(rows) == 14
+    assert {row.count("|") for row in rows} == {10}
+    assert any("bucketed" in row and "rtn-w4a16-g64" in row and row.endswith("returned |") for row in rows)
     (tmp_path / "old.json").write_text('{"schema": "remanence.audit/0"}')
     assert "'remanence.audit/0' is not 'remanence.audit/1'" in one_line(remanence("report", tmp_path / "old.json"), 1)
 
