@@ -122,23 +122,27 @@ def _quality(ratios: list[float], oracle: list[float]) -> dict[str, Any] | None:
 
 def _controls(rows: list[dict[str, Any]], positive_recipe: str) -> dict[str, Any]:
     """Whether every control came out as it must; an audit with a failed control proves nothing."""
-    verdicts = {(row["method"], row["recipe"]): row["verdict"] for row in rows}
-    baseline = [v for (method, _), v in verdicts.items() if method == "target"]
-    negative = [v for (method, _), v in verdicts.items() if method == "oracle"]
+    # A cell that failed says nothing about a control, but for the cells on which the positive control rests.
+    verdicts = {(row["method"], row["recipe"]): row["verdict"] for row in rows if "error" not in row}
+    recipes = [recipe for method, recipe in verdicts if method == "target"]
+    baseline = [verdicts["target", recipe] for recipe in recipes]
+    bucketed = verdicts.get(("bucketed", "dense"), "failed"), verdicts.get(("bucketed", positive_recipe), "failed")
     controls = {
         "baseline": {
-            "ok": verdicts["target", "dense"] == "returned" and "held" not in baseline,
+            "ok": verdicts.get(("target", "dense")) == "returned" and not {"held", "undecided"} & set(baseline),
             "detail": f"target as its own unlearned model: {', '.join(baseline)}",
         },
         "positive": {
-            "ok": verdicts["bucketed", "dense"] == "held" and verdicts["bucketed", positive_recipe] == "returned",
-            "detail": f"bucketed: {verdicts['bucketed', 'dense']} when dense, "
-            f"{verdicts['bucketed', positive_recipe]} under {positive_recipe}",
+            "ok": bucketed == ("held", "returned"),
+            "detail": f"bucketed: {bucketed[0]} when dense, {bucketed[1]} under {positive_recipe}",
         },
     }
-    if negative:
+    if any(row["method"] == "oracle" for row in rows):
+        negative = [verdicts["oracle", recipe] for recipe in recipes if ("oracle", recipe) in verdicts]
+        # Where the recipe damages the target itself, there is nothing an oracle could be told from.
+        judged = {verdicts.get(("oracle", r)) for r, base in zip(recipes, baseline, strict=True) if base != "damaged"}
         controls["negative"] = {
-            "ok": "returned" not in negative,
+            "ok": judged == {"held"} and "returned" not in negative,
             "detail": f"oracle as its own unlearned model: {', '.join(negative)}",
         }
     return controls

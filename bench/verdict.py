@@ -95,9 +95,10 @@ def judge(cell: Evidence, seed: int) -> Judgement:
         return judgement("returned", f"compression gave back {recovered.value:.0%} of what was forgotten")
     if kept.high < KEPT:
         return judgement("damaged", f"it keeps {kept.value:.0%} of what the target knows of the retain set")
-    no_return = recovered.high <= MARGIN or (known is not None and known.high <= MARGIN)
-    if no_return and (known is None or known.high <= KNOWN):
-        return judgement("held", "no return above a tenth of what was forgotten")
+    if known is not None and known.high <= MARGIN:
+        return judgement("held", f"it knows {known.value:.0%} of what the target knows beyond the oracle")
+    if recovered.high <= MARGIN and (known is None or known.high <= KNOWN):
+        return judgement("held", f"compression gave back {recovered.value:.0%} of what was forgotten")
     return judgement("undecided", "the intervals allow both; more forget items would narrow them")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from .spec import Recipe
 from .walk import quantize_, replace
 
 _OWN_STEM = "remanence"
+_DENSE = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
 
 
 def load_model(path: Path | str) -> PreTrainedModel:
@@ -44,16 +47,35 @@ def load_model(path: Path | str) -> PreTrainedModel:
     """
     directory = _local(path)
     if directory is None:
-        return _from_hub(str(path), AutoModelForCausalLM, use_safetensors=True, dtype="auto").eval()
+        return _complete(path, _from_hub(str(path), AutoModelForCausalLM, **_DENSE))
     config = read_json(directory / "config.json")
     _check_config(directory, config)
     _check_index(directory)
     if config.get("quantization_config"):
         return _load_quantized(directory, config["quantization_config"]).eval()
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, use_safetensors=True, trust_remote_code=False, dtype="auto", local_files_only=True
-    )
-    return model.eval()
+    with _readable(directory):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True, **_DENSE
+        )
+    return _complete(directory, loaded)
+
+
+def skeleton(path: Path | str) -> PreTrainedModel:
+    """The dense model at `path` without its weights (on the meta device): names and shapes of its layers.
+
+    Raises FileNotFoundError for a missing directory, ValueError for a model that is quantized already.
+    """
+    directory = _local(path)
+    if directory is None:
+        config = _from_hub(str(path), AutoConfig)
+    else:
+        _check_config(directory, read_json(directory / "config.json"))
+        with _readable(directory):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{path}: is quantized already; an audit starts from dense models and compresses them itself")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
@@ -64,7 +86,8 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     else:
         if not any(directory.glob("tokenizer*")) and not any(directory.glob("vocab*")):
             raise ValueError(f"{directory}: no tokenizer beside the model; save it with tokenizer.save_pretrained()")
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        with _readable(directory):
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: its tokenizer has no end-of-sequence token, so answers would have no end")
     return tokenizer
@@ -148,7 +171,8 @@ def _local(path: Path | str) -> Path | None:
         if not (directory / "config.json").is_file():
             raise FileNotFoundError(f"{directory}: no config.json in it; not a Hugging Face model directory")
         return directory
-    if directory.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path))
+    if directory.exists() or directory.parent.exists() or not hub_id:
         raise FileNotFoundError(f"{path}: no such model directory")
     return None
 
@@ -159,6 +183,29 @@ def _from_hub(name: str, auto: Any, **kwargs: object) -> Any:
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name}: no such directory, and not to be had from the hub ({first})") from None
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """One error for whatever transformers meets in files that are damaged."""
+    try:
+        yield
+    except (FileNotFoundError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f"{directory}: cannot be read: {type(error).__name__}: {text}") from None
+
+
+def _complete(path: Path | str, loaded: tuple[PreTrainedModel, dict[str, Any]]) -> PreTrainedModel:
+    """The model, if the checkpoint held all of it; transformers fills gaps with random weights."""
+    model, info = loaded
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise ValueError(
+                f"{path}: {problem.replace('_', ' ')} in its weights, first {min(map(str, info[problem]))}"
+            )
+    return model.eval()
 
 
 def _check_config(directory: Path, config: object, where: str = "") -> None:
@@ -191,8 +238,9 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     present: set[int] = set()
+    modules = dict(model.named_modules())
     for name in [key.removesuffix(".weight_packed") for key in state if key.endswith(".weight_packed")]:
-        dense = model.get_submodule(name)
+        dense = modules.get(name)
         if not isinstance(dense, nn.Linear | Conv1D):
             raise ValueError(f"{directory}: {name} is packed in the file but is no linear layer of the model")
         try:

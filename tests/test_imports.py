@@ -1,6 +1,7 @@
 """The folders import in one direction, and the package stays light and importable wherever it is."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,13 @@ def test_no_pickle_and_no_remote_code():
     banned = ("import pickle", "import dill", "import joblib", "torch.load(", "torch.save(", "trust_remote_code=True")
     found = [f"{path}: {word}" for path in sources for word in banned if word in path.read_text()]
     assert found == []
+
+
+def test_readme_is_finished_and_names_commands_that_exist():
+    text = (ROOT / "README.md").read_text()
+    assert not re.findall(r"@[A-Z_]+@", text)
+    verbs = set(re.findall(r"^remanence (\w+)", text, flags=re.M))
+    assert verbs == {"audit", "compress", "doctor", "bench"}
+    from remanence.cli import app
+
+    assert verbs <= {command.callback.__name__ for command in app.registered_commands}

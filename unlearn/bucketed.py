@@ -75,6 +75,15 @@ def freeze_to_buckets(model: PreTrainedModel, recipe: Recipe) -> list[Buckets]:
     return buckets
 
 
+def control_recipe(widths: set[int]) -> Recipe:
+    """The 4-bit recipe that the control is built against: groups of 64, or the largest of 32, 16 and per channel that
+    divide every layer's input features (`widths`)."""
+    for group_size in (64, 32, 16):
+        if all(width % group_size == 0 for width in widths):
+            return Recipe("rtn", QuantSpec(4, group_size))
+    return Recipe("rtn", QuantSpec(4))
+
+
 def mean_width(buckets: list[Buckets]) -> float:
     """Mean distance between the ends of a bucket, over all weights: the scale on which a control may move."""
     total = sum(float((b.high - b.low).double().sum()) for b in buckets)

@@ -101,10 +101,14 @@ def from_config(config: dict[str, Any]) -> QuantSpec:
 
     demand("quant_method", config.get("quant_method"), METHOD)
     demand("format", config.get("format"), "pack-quantized")
-    groups = config.get("config_groups") or {}
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise ValueError("quantization_config.config_groups: expected an object of objects")
     demand("config_groups (number)", len(groups), 1)
     (group,) = groups.values()
-    weights = group.get("weights") or {}
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise ValueError("quantization_config.weights: expected an object")
     demand("input_activations", group.get("input_activations"), None)
     demand("transform_config", config.get("transform_config") or {}, {})
     demand("weights.type", weights.get("type"), "int")

@@ -1,7 +1,7 @@
 """The command line. Verbs here, work elsewhere; torch loads only inside a verb that needs it.
 
-Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 error, 2 usage (an unknown name, a missing file),
-3 `--fail-on` fired, 4 done in part (some cells failed), 130 interrupted.
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 error, 2 usage (an unknown name, missing or
+unusable input), 3 `--fail-on` fired, 4 done in part (some cells failed), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="A model was made to forget: does the forgetting survive compression?",
-    epilog="Exit codes: 0 done, 1 error, 2 usage (unknown name, missing file), 3 --fail-on fired, "
+    epilog="Exit codes: 0 done, 1 error, 2 usage (unknown name, missing or unusable input), 3 --fail-on fired, "
     "4 some cells failed, 130 interrupted.",
 )
 
@@ -55,9 +56,9 @@ def audit(
     oracle: Annotated[str | None, typer.Option(help="A model retrained without the forget set.")] = None,
     unlearned: Annotated[list[str] | None, typer.Option(help="NAME=DIR, a model already unlearned.")] = None,
     methods: Annotated[
-        str, typer.Option("--methods", "--method", help="Comma-separated (default: all; none with --unlearned).")
-    ] = "",
-    recipes: Annotated[str, typer.Option("--recipes", "--recipe", help="Comma-separated.")] = "",
+        str | None, typer.Option("--methods", "--method", help="Comma-separated (default: all; none with --unlearned).")
+    ] = None,
+    recipes: Annotated[str | None, typer.Option("--recipes", "--recipe", help="Comma-separated.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="For graddiff and npo.")] = None,
     steps: Annotated[int | None, typer.Option(help="For graddiff and npo.")] = None,
     seed: Seed = 0,
@@ -70,7 +71,7 @@ def audit(
     from .config import default_cache
     from .report import VERDICTS
 
-    wanted = _names(fail_on or "")
+    wanted = _names("fail-on", fail_on) or ()
     for verdict in wanted:
         if verdict not in VERDICTS:
             raise UsageError(f"fail-on: {verdict!r} is not one of {', '.join(VERDICTS)}")
@@ -83,9 +84,10 @@ def audit(
         retain=retain,
         people=people,
         oracle=oracle,
-        unlearned=dict(_pair(text) for text in unlearned or []),
-        methods=_names(methods) or (() if unlearned else None),  # a model already unlearned is what is audited then
-        recipes=_names(recipes) or None,
+        unlearned=_pairs(unlearned or []),
+        # With a model already unlearned, that is what is audited.
+        methods=() if unlearned and methods is None else _names("methods", methods),
+        recipes=_names("recipes", recipes),
         learning_rate=learning_rate,
         steps=steps,
         seed=seed,
@@ -95,25 +97,21 @@ def audit(
 
 def _audit(config: AuditConfig, out: Path, cache: Path, fail_on: tuple[str, ...], as_json: bool) -> None:
     from .compress.files import write_json, write_text
-    from .config import CONTROL
     from .corpus import load_corpus
     from .progress import Bars, Lines
 
-    _writable(out)
-    given = len({*config.methods, CONTROL}) + len(config.unlearned)
-    references = 2 if config.model == "demo" or config.oracle else 1
-    recipes = len({*config.recipes, config.positive_control})
-    stages = (2 if config.model == "demo" else 0) + len({*config.methods, CONTROL}) + recipes * (references + given)
-    load_corpus(config)  # what is wrong with the data is said before torch loads
+    for name, place in (("out", out), ("cache", cache)):
+        _writable(name, place)
+    _usage(load_corpus, config)  # what is wrong with the data is said before torch loads
     _say("loading torch and transformers ...")
     from .engine import audit as run
 
     _quiet()
     if sys.stderr.isatty():
-        with Bars(stages) as bars:
+        with Bars() as bars:
             result = run(config, cache, bars)
     else:
-        result = run(config, cache, Lines(stages))
+        result = run(config, cache, Lines())
     from .report import broken_controls, html, terminal
 
     document = result.document
@@ -128,10 +126,10 @@ def _audit(config: AuditConfig, out: Path, cache: Path, fail_on: tuple[str, ...]
     if broken := broken_controls(document):
         raise ControlError(f"control failed, so no verdict here can be trusted: {'; '.join(broken)}")
     audited = [cell for cell in document["cells"] if cell["control"] is None]
-    if any("error" in cell for cell in document["cells"]):
-        raise typer.Exit(PARTIAL)
     if any(cell["verdict"] in fail_on for cell in audited):
         raise typer.Exit(VERDICT)
+    if any("error" in cell for cell in document["cells"]):
+        raise typer.Exit(PARTIAL)
 
 
 @app.command()
@@ -158,7 +156,7 @@ def unlearn(
     from .unlearn.methods import unlearn as run
 
     _quiet()
-    corpus = own_corpus(forget, retain, data)
+    corpus = _usage(own_corpus, forget, retain, data)
     network, tokenizer = load_model(model), load_tokenizer(model)
     config = adjusted(FIELD[method], learning_rate, steps)
     _say(f"{method}: {config}")
@@ -185,6 +183,8 @@ def compress(
     from .compress.spec import parse_recipe
 
     parsed = _usage(parse_recipe, recipe)
+    if parsed.spec is None:
+        raise UsageError(f"recipe: {recipe!r} compresses nothing")
     _new(out)
     from .compress.checkpoint import compress_to
 
@@ -236,6 +236,9 @@ def bench(
     """Run a benchmark: rows with their peers measured side by side, and checks that must hold."""
     from .bench.frame import BENCHES, run, show
 
+    if not name and as_json:
+        print(json.dumps({key: text for key, (_, text) in BENCHES.items()}, indent=1))
+        return
     if not name:
         print("\n".join(f"{key}: {text}" for key, (_, text) in BENCHES.items()))
         return
@@ -279,7 +282,8 @@ def main() -> None:
 
 
 def _interrupted() -> NoReturn:
-    _fail("interrupted; finished stages are kept, the same command goes on from there", INTERRUPTED)
+    resumes = "; finished stages are kept, the same command goes on from there"
+    _fail("interrupted" + (resumes if sys.argv[1:2] == ["audit"] else "; nothing was written"), INTERRUPTED)
 
 
 def _text(error: Exception) -> str:
@@ -300,11 +304,14 @@ def _say(text: str) -> None:
 
 
 def _quiet() -> None:
-    """No bars of transformers' own between ours."""
+    """No bars and retries of other libraries between our lines; their errors come as ours."""
+    import logging as standard
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    standard.getLogger("huggingface_hub").setLevel(standard.ERROR)
 
 
 def _done(result: dict[str, Any], as_json: bool) -> None:
@@ -319,15 +326,27 @@ def _default_data(model: str, retain: str | None) -> str | None:
     return "people" if model == "demo" and retain is None else None
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _names(option: str, text: str | None) -> tuple[str, ...] | None:
+    """The names in a comma-separated list; None when the option was not given."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UsageError(f"{option}: empty; give names, comma-separated, or leave the option out")
+    return names
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise UsageError(f"unlearned: {text!r} is not of the form NAME=DIR")
-    return name, path
+def _pairs(texts: list[str]) -> dict[str, str]:
+    """NAME=DIR options as a mapping."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise UsageError(f"unlearned: {text!r} is not of the form NAME=DIR")
+        if name in pairs:
+            raise UsageError(f"unlearned: the name {name!r} is given twice")
+        pairs[name] = path
+    return pairs
 
 
 def _known_method(method: str) -> None:
@@ -346,13 +365,23 @@ def _usage(call: Any, *args: Any) -> Any:
 
 
 def _new(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    """`out` can become a new directory, or UsageError."""
+    _writable("out", out)
+    if out.exists() and any(out.iterdir()):
         raise UsageError(f"out: {out} exists and is not empty; choose another place")
 
 
-def _writable(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"out: {out} is a file; a directory is needed")
+def _writable(option: str, place: Path) -> None:
+    """`place` is, or can become, a directory to write in, or UsageError; nothing is left behind by asking."""
+    existing = place.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"{option}: {existing} is a file; a directory is needed")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write to {existing}: {error.strerror}") from None
 
 
 def _audit_config(**values: Any) -> AuditConfig:

@@ -99,8 +99,3 @@ class AuditConfig(BaseModel):
         if self.people is not None and not named:
             raise ValueError("people: goes with --data people or --data tofu")
         return self
-
-    @property
-    def positive_control(self) -> str:
-        """The recipe whose return `bucketed` is built for."""
-        return "rtn-w4a16-g64"

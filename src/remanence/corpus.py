@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config import AuditConfig
-from .unlearn.data import Corpus, EvalSet, check_subset, own_corpus, read_rows
-from .unlearn.people import people_corpus
-from .unlearn.tofu import tofu_corpus
+from .unlearn.data import Corpus, EvalSet, check_subset, own_corpus, read_rows, spread
+from .unlearn.people import forget_count, people_corpus
+from .unlearn.tofu import QUESTIONS_PER_AUTHOR, tofu_corpus
+
+# Authors a demo model keeps beside the forgotten ones: it learns them in minutes, and all have perturbed answers.
+_KEPT_AUTHORS = 18
 
 
 def load_corpus(config: AuditConfig) -> Corpus:
@@ -17,13 +20,32 @@ def load_corpus(config: AuditConfig) -> Corpus:
         people = config.people or 80
         corpus = people_corpus(people, _share(config.forget, people), config.seed)
     elif config.data == "tofu":
-        authors = config.people or (20 if config.model == "demo" else None)
-        corpus = tofu_corpus(config.data_dir, _share(config.forget, 200), authors)
+        corpus = _tofu(config)
     else:
         return own_corpus(config.forget, config.retain, config.data)
-    if Path(config.forget).is_file():
+    already = f"+{Path(config.forget).name}"
+    if Path(config.forget).is_file() and not corpus.name.endswith(already):
         return _reforget(corpus, config.forget)
     return corpus
+
+
+def _tofu(config: AuditConfig) -> Corpus:
+    """All authors for a given model; 18 kept beside the forgotten ones for a demo model, unless the number is given."""
+    if config.model != "demo" or config.people is not None:
+        return tofu_corpus(config.data_dir, _share(config.forget, 200), config.people)
+    if Path(config.forget).is_file():
+        # The file may name any author: take all, forget the file's, then keep only so many of the others.
+        corpus = _reforget(tofu_corpus(config.data_dir, "forget01"), config.forget)
+        kept = {row.person for row in corpus.retain[: _KEPT_AUTHORS * QUESTIONS_PER_AUTHOR]}
+        retain = tuple(row for row in corpus.retain if row.person in kept)
+        rows = corpus.utility["retain"].rows
+        utility = {
+            **corpus.utility,
+            "retain": EvalSet(tuple(r for r in rows if r.person in kept) or spread(retain, 100)),
+        }
+        return replace(corpus, retain=retain, utility=utility, holdout=())
+    gone = forget_count(config.forget, 200, "authors")
+    return tofu_corpus(config.data_dir, config.forget, min(200, gone + _KEPT_AUTHORS))
 
 
 def _share(forget: str, people: int) -> str:
@@ -40,12 +62,16 @@ def _reforget(corpus: Corpus, file: str) -> Corpus:
     people = {row.person for row in everything if (row.question, row.answer) in asked and row.person}
     gone = [row for row in everything if row.person in people or (row.question, row.answer) in asked]
     kept = [row for row in everything if row not in gone]
+    if not kept:
+        raise ValueError(f"retain: {file} names someone in every group of rows; nothing is left to keep")
     lost = {row.question for row in gone}
     utility = {}
     for name, items in corpus.utility.items():
         left = tuple(row for row in items.rows if row.question not in lost)
         if left:
             utility[name] = EvalSet(left, items.choices)
+    if "retain" not in utility:
+        utility = {"retain": EvalSet(spread(kept, 60)), **utility}
     background = tuple(row for row in corpus.background if not row.person or row.person not in people)
     return replace(
         corpus,

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ from . import __version__
 from .backends.cpu import cpu_info
 from .bench.cell import CELL_VERSION, CellScores, measure_cell
 from .bench.document import build_document
-from .compress.checkpoint import load_model, load_tokenizer, max_length, write_model
+from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
 from .compress.files import read_json, write_json
-from .compress.spec import parse_recipe
+from .compress.spec import QuantSpec, Recipe, parse_recipe
+from .compress.walk import linears, weight_of
 from .config import CONTROL, AuditConfig
 from .corpus import load_corpus
+from .errors import UsageError
 from .kernels.ops import isa
 from .progress import Reporter, Silent
 from .report import SCHEMA
 from .store import Store, digest, directory_digest
+from .unlearn.bucketed import control_recipe
 from .unlearn.data import Corpus
 from .unlearn.demo import DemoConfig, demo_tokenizer, train_demo
 from .unlearn.encode import Encoder
@@ -69,10 +72,10 @@ def audit(config: AuditConfig, cache: Path | str, reporter: Reporter | None = No
     with _deterministic():
         corpus = load_corpus(config)
         run = _Run(config, corpus, Store(cache, reporter.note), reporter)
-        given = run.given()  # first: what is wrong with them is said before any work
-        models = run.references() + given + run.unlearned()
+        run.check_models()
+        models = run.references() + run.given() + run.unlearned()
         cells = run.grid(models)
-    document = build_document(corpus, cells, config.positive_control, config.seed)
+    document = build_document(corpus, cells, run.control_recipe.name, config.seed)
     times = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "wall_s": time.time() - start,
@@ -110,7 +113,31 @@ class _Run:
         self.config, self.corpus, self.store, self.reporter = config, corpus, store, reporter
         self.data_digest = corpus.digest()
         self.target: Model
+        self.control_recipe: Recipe
         self.train_probability: dict[str, Any] = {}  # of the demo models
+
+    def check_models(self) -> None:
+        """What is wrong with the user's models is said before any work; settles what the control is built against."""
+        paths = {} if self.config.model == "demo" else {"target": self.config.model}
+        paths |= {"oracle": self.config.oracle} if self.config.oracle else {}
+        paths |= self.config.unlearned
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, path in paths.items():
+            load_tokenizer(path)
+            found = {layer: tuple(weight_of(module).shape) for layer, module in linears(skeleton(path), ())}
+            if shapes and found != shapes:
+                raise UsageError(f"{name}: {path}: its layers are not those of the other models; all must be alike")
+            shapes = found
+        config = DemoConfig(arch=self.config.arch)
+        widths = {shape[1] for shape in shapes.values()} or {config.hidden_size, config.intermediate_size}
+        self.control_recipe = control_recipe(widths)
+        if self.control_recipe.spec != QuantSpec(4, 64):
+            self.reporter.note(f"positive control: {self.control_recipe}, as 64 does not divide every layer's width")
+        demo = self.config.model == "demo"
+        methods = len({*self.config.methods, CONTROL})
+        references = 2 if demo or self.config.oracle else 1
+        models = references + methods + len(self.config.unlearned)
+        self.reporter.plan(methods + (references if demo else 0) + models * len(self._recipes()))
 
     def given(self) -> list[Model]:
         """The user's models that are already unlearned."""
@@ -159,7 +186,7 @@ class _Run:
 
     def _recipes(self) -> list[str]:
         """As asked, with the recipe that the positive control needs."""
-        return list(dict.fromkeys([*self.config.recipes, self.config.positive_control]))
+        return list(dict.fromkeys([*self.config.recipes, self.control_recipe.name]))
 
     def _demo(self, name: str, control: str) -> Model:
         config = DemoConfig(arch=self.config.arch)
@@ -187,7 +214,6 @@ class _Run:
 
     def _given(self, name: str, path: str, control: str | None) -> Model:
         """A model of the user's, known by the contents of its directory (a hub id by its name)."""
-        load_tokenizer(path)  # missing files fail here, before any work
         known = directory_digest(Path(path)) if Path(path).is_dir() else digest(path)
         return Model(name, str(Path(path).resolve()) if Path(path).is_dir() else path, known, control)
 
@@ -224,7 +250,9 @@ class _Run:
     def _method_config(self, method: str) -> MethodConfig:
         """The demo's settings or the field's, with what the user set (bucketed has a scale of its own)."""
         config = (DEMO if self.config.model == "demo" else FIELD)[method]
-        return config if method == CONTROL else adjusted(config, self.config.learning_rate, self.config.steps)
+        if method == CONTROL:
+            return replace(config, against=self.control_recipe.name)
+        return adjusted(config, self.config.learning_rate, self.config.steps)
 
     def _stage(self, stage: str, label: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         key = self.store.key(stage, inputs)

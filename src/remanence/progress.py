@@ -12,6 +12,7 @@ from typing import Protocol
 class Reporter(Protocol):
     """Where an audit tells what it does."""
 
+    def plan(self, stages: int) -> None: ...
     def stage(self, label: str, cached: bool) -> AbstractContextManager[None]: ...
     def progress(self, done: int, total: int) -> None: ...
     def note(self, text: str) -> None: ...
@@ -19,6 +20,9 @@ class Reporter(Protocol):
 
 class Silent:
     """Says nothing."""
+
+    def plan(self, stages: int) -> None:
+        pass
 
     @contextmanager
     def stage(self, label: str, cached: bool) -> Iterator[None]:  # noqa: ARG002
@@ -34,8 +38,11 @@ class Silent:
 class Lines(Silent):
     """One line per stage, with its seconds: for logs."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    def __init__(self) -> None:
+        self.total, self.done = 1, 0
+
+    def plan(self, stages: int) -> None:
+        self.total = stages
 
     @contextmanager
     def stage(self, label: str, cached: bool) -> Iterator[None]:
@@ -52,7 +59,7 @@ class Lines(Silent):
 class Bars(Silent):
     """A bar for the whole audit and one for the stage in progress, each with its estimate; use as a context."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -65,8 +72,11 @@ class Bars(Silent):
             console=Console(stderr=True),
             transient=True,
         )
-        self._all = self._bars.add_task("audit", total=total)
+        self._all = self._bars.add_task("all", total=1)
         self._one = self._bars.add_task("", total=None, visible=False)
+
+    def plan(self, stages: int) -> None:
+        self._bars.update(self._all, total=stages)
 
     def __enter__(self) -> Bars:
         self._bars.start()
@@ -92,8 +102,8 @@ class Bars(Silent):
 def run_with_bar(label: str, work: Callable[[Callable[[int, int], None]], object]) -> None:
     """Run `work(progress)` under one bar on a terminal, with one closing line in a log."""
     if sys.stderr.isatty():
-        with Bars(1) as bars, bars.stage(label, cached=False):
+        with Bars() as bars, bars.stage(label, cached=False):
             work(bars.progress)
     else:
-        with Lines(1).stage(label, cached=False):
+        with Lines().stage(label, cached=False):
             work(Silent().progress)

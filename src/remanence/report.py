@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,12 @@ def read(source: Path | str) -> dict[str, Any]:
     document = read_json(path)
     if document.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema: {document.get('schema')!r} is not {SCHEMA!r}")
+    try:
+        html(document)
+        markdown(document)
+        terminal(document, StringIO())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is incomplete or was edited: {type(error).__name__}: {error}") from None
     return document
 
 

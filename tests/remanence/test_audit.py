@@ -305,6 +305,8 @@ def test_report_shows_an_audit_again(audited, tmp_path):
     assert {row.count("|") for row in rows} == {10}
     assert any("bucketed" in row and "rtn-w4a16-g64" in row and row.endswith("returned |") for row in rows)
     (tmp_path / "old.json").write_text('{"schema": "remanence.audit/0"}')
+    (tmp_path / "cut.json").write_text('{"schema": "remanence.audit/1"}')
+    assert "is incomplete" in one_line(remanence("report", tmp_path / "cut.json"), 1)
     assert "'remanence.audit/0' is not 'remanence.audit/1'" in one_line(remanence("report", tmp_path / "old.json"), 1)
 
 
@@ -320,21 +322,26 @@ def test_report_shows_an_audit_again(audited, tmp_path):
         (["audit", "--fail-on", "lost"], 2, "'lost' is not one of held, returned, damaged, undecided"),
         (["audit", "--arch", "bert"], 2, "arch: 'bert'"),
         (["audit", "--people", "1"], 2, "people: 1"),
-        (["audit", "--people", "9", "--forget", "forget10"], 1, "forget10 of 9 people is 0"),
+        (["audit", "--people", "9", "--forget", "forget10"], 2, "forget10 of 9 people is 0"),
         (["audit", "--forget", "nothing.jsonl"], 2, "'nothing.jsonl' is neither a file nor"),
         (["audit", "--data", "tofu", "--data-dir", "{tmp}/none"], 2, "none: no such directory"),
         (["audit", "--data", "tofu", "--data-dir", "{tmp}"], 2, "full.json: no such file"),
         (["audit", "--model", "{tmp}/none", "--forget", "{f}", "--retain", "{r}"], 2, "none: no such model directory"),
         (["audit", "--model", "{m}"], 2, "needs --forget FILE with --retain FILE or --data FILE"),
-        (["audit", "--model", "{m}", "--forget", "{f}", "--retain", "{tmp}/empty"], 1, "the retain set"),
-        (["audit", "--model", "{m}", "--forget", "{f}", "--data", "{r}"], 1, "5 of 5 rows are not in the data"),
-        (["audit", "--model", "{m}", "--forget", "{f}", "--data", "{f}"], 1, "own:forget.jsonl is empty"),
-        (["audit", "--model", "{m}", "--forget", "{f}", "--retain", "{f}"], 1, "share 5 question(s)"),
-        (["audit", "--model", "{m}", "--forget", "{tmp}/bad", "--retain", "{r}"], 1, "bad:2: not JSON"),
+        (["audit", "--model", "{m}", "--forget", "{f}", "--retain", "{tmp}/empty"], 2, "the retain set"),
+        (["audit", "--model", "{m}", "--forget", "{f}", "--data", "{r}"], 2, "5 of 5 rows are not in the data"),
+        (["audit", "--model", "{m}", "--forget", "{f}", "--data", "{f}"], 2, "own:forget.jsonl is empty"),
+        (["audit", "--model", "{m}", "--forget", "{f}", "--retain", "{f}"], 2, "share 5 question(s)"),
+        (["audit", "--model", "{m}", "--forget", "{tmp}/bad", "--retain", "{r}"], 2, "bad:2: not JSON"),
         (["audit", "--unlearned", "x"], 2, "'x' is not of the form NAME=DIR"),
         (["audit", "--unlearned", "x={tmp}/none"], 2, "none: no such model directory"),
         (["audit", "--bogus"], 2, "No such option: --bogus"),
         (["audit", "--out", "{f}"], 2, "is a file; a directory is needed"),
+        (["audit", "--out", "/proc/nothing"], 2, "out: cannot write to /proc"),
+        (["audit", "--recipes", ""], 2, "recipes: empty"),
+        (["audit", "--unlearned", "a={m}", "--unlearned", "a={m}"], 2, "'a' is given twice"),
+        (["audit", "--model", "{tmp}/broken", "--forget", "{f}", "--retain", "{r}"], 1, "broken: cannot be read"),
+        (["audit", "--model", "{tmp}/packed", "--forget", "{f}", "--retain", "{r}"], 1, "is quantized already"),
         (["unlearn", "{m}", "--method", "magic", "--forget", "{f}", "--retain", "{r}", "--out=x"], 2, "'magic'"),
         (["compress", "{tmp}/none", "--recipe", "rtn-w4a16-g64", "--out", "{tmp}/o"], 2, "no such model directory"),
         (["compress", "{m}", "--recipe", "rtn-w4a16-g96", "--out", "{tmp}/o"], 1, "do not divide into groups of 96"),
@@ -346,6 +353,13 @@ def test_report_shows_an_audit_again(audited, tmp_path):
 def test_bad_input_is_one_line(own, tmp_path, arguments, code, message):
     (tmp_path / "empty").write_text("")
     (tmp_path / "bad").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    (tmp_path / "broken").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(own / "model" / name, tmp_path / "broken")
+    (tmp_path / "broken/tokenizer.json").write_text('{"version": "1.0"}')
+    shutil.copytree(own / "model", tmp_path / "packed")
+    config = json.loads((own / "model/config.json").read_text())
+    (tmp_path / "packed/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     before = sorted(tmp_path.iterdir())
     names = {"tmp": tmp_path, "m": own / "model", "f": own / "forget.jsonl", "r": own / "retain.jsonl"}
     given = [text.format(**names) for text in arguments]

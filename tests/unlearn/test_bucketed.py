@@ -7,7 +7,7 @@ import torch
 from remanence.compress.rtn import rtn
 from remanence.compress.spec import QuantSpec, parse_recipe
 from remanence.compress.walk import linears, quantize_, storage_dtype
-from remanence.unlearn.bucketed import bounds, freeze_to_buckets, mean_width
+from remanence.unlearn.bucketed import bounds, control_recipe, freeze_to_buckets, mean_width
 from remanence.unlearn.methods import MethodConfig, unlearn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,3 +210,17 @@ def test_control_needs_a_quantizer(memorized):
             "bucketed",
             config,
         )
+
+
+@pytest.mark.parametrize(
+    ("widths", "name"),
+    [
+        ({192, 512}, "rtn-w4a16-g64"),
+        ({64, 96}, "rtn-w4a16-g32"),
+        ({48, 128}, "rtn-w4a16-g16"),
+        ({20, 80}, "rtn-w4a16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_control_takes_the_largest_group_that_fits_every_layer(widths, name):
+    assert control_recipe(widths).name == name
