@@ -53,6 +53,7 @@ def load_model(path: Path | str) -> PreTrainedModel:
     _check_index(directory)
     if config.get("quantization_config"):
         return _load_quantized(directory, config["quantization_config"]).eval()
+    loaded: Any  # a pair, for which transformers has no type
     with _readable(directory):
         loaded = AutoModelForCausalLM.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True, **_DENSE
