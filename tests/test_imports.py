@@ -114,3 +114,14 @@ def test_readme_is_finished_and_names_commands_that_exist():
     from remanence.cli import app
 
     assert verbs <= {command.callback.__name__ for command in app.registered_commands}
+
+
+def test_names_kept_apart_from_their_tables_agree_with_them():
+    """They stand in light modules, so that a name can be checked without loading torch."""
+    from remanence.compress import spec, walk
+    from remanence.unlearn.methods import METHODS
+
+    from remanence.config import METHOD_NAMES
+
+    assert set(METHOD_NAMES) == set(METHODS)
+    assert set(spec.METHODS) == set(walk.METHODS)

@@ -19,20 +19,17 @@ def load_corpus(config: AuditConfig) -> Corpus:
     if config.data == "people":
         people = config.people or 80
         corpus = people_corpus(people, _share(config.forget, people), config.seed)
-    elif config.data == "tofu":
-        corpus = _tofu(config)
-    else:
-        return own_corpus(config.forget, config.retain, config.data)
-    already = f"+{Path(config.forget).name}"
-    if Path(config.forget).is_file() and not corpus.name.endswith(already):
-        return _reforget(corpus, config.forget)
-    return corpus
+        return _reforget(corpus, config.forget) if Path(config.forget).is_file() else corpus
+    if config.data == "tofu":
+        return _tofu(config)
+    return own_corpus(config.forget, config.retain, config.data)
 
 
 def _tofu(config: AuditConfig) -> Corpus:
     """All authors for a given model; 18 kept beside the forgotten ones for a demo model, unless the number is given."""
     if config.model != "demo" or config.people is not None:
-        return tofu_corpus(config.data_dir, _share(config.forget, 200), config.people)
+        corpus = tofu_corpus(config.data_dir, _share(config.forget, 200), config.people)
+        return _reforget(corpus, config.forget) if Path(config.forget).is_file() else corpus
     if Path(config.forget).is_file():
         # The file may name any author: take all, forget the file's, then keep only so many of the others.
         corpus = _reforget(tofu_corpus(config.data_dir, "forget01"), config.forget)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,10 @@ def digest(value: object) -> str:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _hash(file)
-
-
-def _hash(file: Any) -> str:
     total = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        total.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
     return total.hexdigest()
 
 
