@@ -35,7 +35,7 @@ from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
 from .linear import QuantLinear
 from .spec import Recipe
-from .walk import quantize_, replace
+from .walk import compress_, replace
 
 _OWN_STEM = "remanence"
 _DENSE: dict[str, Any] = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
@@ -138,7 +138,9 @@ def save_model(
     target: Path | str,
     recipe: Recipe | None = None,
 ) -> None:
-    """Write model and tokenizer to the new directory `target`; `recipe` as given to quantize_ when it was quantized.
+    """Write model and tokenizer to the new directory `target`; `recipe` as given to compress_ when it was compressed.
+
+    A pruned model is written as an ordinary one, with its zeros.
 
     Raises FileExistsError when there is something at `target`, OSError when the disk is full; nothing is left then.
     """
@@ -150,7 +152,7 @@ def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe | None = None
 ) -> None:
     """As save_model, into an existing empty directory that the caller makes permanent."""
-    if recipe is None or recipe.spec is None:
+    if recipe is None or recipe.spec is None:  # dense or pruned
         model.save_pretrained(work)
     else:
         config = json.loads(model.config.to_json_string())
@@ -171,7 +173,7 @@ def compress_to(source: Path | str, recipe: Recipe, target: Path | str) -> dict[
     """
     model, tokenizer = load_model(source), load_tokenizer(source)
     parameters = sum(p.numel() for p in model.parameters())
-    quantize_(model, recipe)
+    compress_(model, recipe)
     with atomic_dir(target) as work:
         write_model(model, tokenizer, work, recipe)
         ids = torch.arange(min(64, model.config.vocab_size))[None]

@@ -1,8 +1,8 @@
-"""What the numbers mean (QuantSpec) and how they were chosen (Recipe). Small, frozen, printable, hashable.
+"""What the numbers mean (QuantSpec, PruneSpec), how they were chosen (Recipe). Small, frozen, printable, hashable.
 
 Short names: `dense` keeps the checkpoint as it is; `<method>-w<bits>a16[-g<group size>]`, e.g. `rtn-w4a16-g64`, or
 `rtn-w8a16` for one scale per output channel. `a16` says that activations stay in the model's own dtype; it may be left
-out when asking (`rtn-w4-g64`).
+out when asking (`rtn-w4-g64`). `<method>-s<percent>`, e.g. `magnitude-s50`, sets that percentage of weights to zero.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 BITS = (3, 4, 8)
 METHODS = ("rtn",)
+PRUNERS = ("magnitude",)
 _COMMON = (
     "dense",
     "rtn-w8a16",
@@ -21,6 +22,9 @@ _COMMON = (
     "rtn-w4a16-g64",
     "rtn-w4a16-g128",
     "rtn-w3a16-g64",
+    "magnitude-s30",
+    "magnitude-s50",
+    "magnitude-s70",
 )
 
 
@@ -50,18 +54,46 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
+class PruneSpec:
+    """Unstructured sparsity: the share of every layer's own weights that is zero, in whole percent from 10 to 90."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.sparsity <= 0.9 or self.sparsity != self.percent / 100:
+            raise ValueError(f"sparsity: {self.sparsity} is not a whole percentage from 0.1 to 0.9")
+
+    @property
+    def percent(self) -> int:
+        return round(100 * self.sparsity)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is made smaller: a method, a format, and what stays as it is. spec None: nothing is quantized.
 
     ignore   module names that stay dense; the output head by default, as everywhere in the field
+    prune    what becomes zero, by `method`; a recipe prunes or quantizes, not both
     """
 
     method: str
     spec: QuantSpec | None
     ignore: tuple[str, ...] = ("lm_head",)
+    prune: PruneSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.prune is not None and self.spec is not None:
+            raise ValueError(f"prune: {self.prune} beside {self.spec}; a recipe prunes or quantizes, not both")
+
+    @property
+    def compresses(self) -> bool:
+        """Whether it changes any weight."""
+        return self.spec is not None or self.prune is not None
 
     @property
     def name(self) -> str:
+        if self.prune is not None:
+            return f"{self.method}-s{self.prune.percent}"
         if self.spec is None:
             return self.method
         group = "" if self.spec.group_size is None else f"-g{self.spec.group_size}"
@@ -78,12 +110,15 @@ def parse_recipe(name: str) -> Recipe:
     """A Recipe from its short name; ValueError suggests the nearest one."""
     if name == "dense":
         return DENSE
-    match = re.fullmatch(r"([a-z]+)-w(\d+)(?:a16)?(?:-g(\d+))?", name)
-    if not match or match[1] not in METHODS:
-        near = difflib.get_close_matches(name, _COMMON, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known forms: {', '.join(_COMMON)}"
-        raise ValueError(f"recipe: {name!r} is unknown; {hint}")
+    quantizer = re.fullmatch(r"([a-z]+)-w(\d+)(?:a16)?(?:-g(\d+))?", name)
+    pruner = re.fullmatch(r"([a-z]+)-s(\d+)", name)
     try:
-        return Recipe(match[1], QuantSpec(int(match[2]), int(match[3]) if match[3] else None))
+        if quantizer and quantizer[1] in METHODS:
+            return Recipe(quantizer[1], QuantSpec(int(quantizer[2]), int(quantizer[3]) if quantizer[3] else None))
+        if pruner and pruner[1] in PRUNERS:
+            return Recipe(pruner[1], None, prune=PruneSpec(int(pruner[2]) / 100))
     except ValueError as error:
         raise ValueError(f"recipe: {name!r}: {error}") from None
+    near = difflib.get_close_matches(name, _COMMON, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"known forms: {', '.join(_COMMON)}"
+    raise ValueError(f"recipe: {name!r} is unknown; {hint}")

@@ -55,7 +55,7 @@ def hidden_after(network: nn.Module, layer: int, batch: Batch) -> Tensor:
     def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:  # noqa: ARG001
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    with _only(network, layer + 1) as last:
+    with first_layers(network, layer + 1) as last:
         handle = last.register_forward_hook(keep)
         try:
             network(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
@@ -65,9 +65,14 @@ def hidden_after(network: nn.Module, layer: int, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _only(network: nn.Module, count: int) -> Iterator[nn.Module]:
-    """The first `count` decoder layers alone, inside the block; yields the last of them."""
+def first_layers(network: nn.Module, count: int) -> Iterator[nn.Module]:
+    """The first `count` decoder layers alone, inside the block; yields the last of them.
+
+    What follows the layers (final norm, projection, head, a cap on logits) is the model's own and runs as ever.
+    """
     owner, name, layers = _owner(network)
+    if not 1 <= count <= len(layers):
+        raise ValueError(f"count: {count} is not between 1 and {len(layers)}, the model's decoder layers")
     setattr(owner, name, layers[:count])
     try:
         yield layers[count - 1]
