@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..compress.checkpoint import compress_to, load_model, load_tokenizer, max_length, save_model, weight_bytes
 from ..compress.spec import Recipe
-from ..compress.walk import quantize_
+from ..compress.walk import compress_
 from ..unlearn.adapters import base_directory, with_adapter
 from ..unlearn.data import Corpus, EvalSet
 from ..unlearn.encode import Encoder, pad_id
 from ..unlearn.inference.store import attach, carry
+from ..unlearn.muse import SHOTS, muse_from_corpus
+from .distance import distance
 from .forgetting import Scores, evaluate
+from .generation import longest_answer
+from .health import flags, health
+from .muse import knowledge, most_shots, rouge_l
+from .pressures.apply import Subject, apply
+from .pressures.relearn import DEMO, Relearning
 from .speed import decode_speed
-from .survival import update_survival
+from .survival import survival
+from .tofu import mean
 
 # Raise this when a change here makes earlier measurements wrong.
-CELL_VERSION = 2
+CELL_VERSION = 3
+# MUSE's limit on the answer to a knowledge question.
+_KNOWLEDGE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured beyond the sets.
+
+    oracle   a model retrained without the forget set, to measure the distance to
+    demo     whether the models are a thousand times smaller than those that settings are made for
+    """
+
+    oracle: Path | str | None = None
+    pressures: tuple[str, ...] = ()
+    demo: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,15 +64,20 @@ class CellScores:
         return self.measured.get("error")
 
     def scores(self, name: str) -> Scores:
-        """Scores on the set called `name` ("forget", or one of the utility sets)."""
-        return Scores(**self.measured["sets"][name])
+        """Scores on the set called `name` ("forget", "holdout", or one of the utility sets)."""
+        return Scores.from_json(self.measured["sets"][name])
 
     def utility(self) -> dict[str, Scores]:
-        return {name: self.scores(name) for name in self.measured["sets"] if name != "forget"}
+        return {name: self.scores(name) for name in self.measured["sets"] if name not in ("forget", "holdout")}
 
 
 def measure_cell(
-    model_path: Path | str, target_path: Path | str, recipe: Recipe, corpus: Corpus, scratch: Path
+    model_path: Path | str,
+    target_path: Path | str,
+    recipe: Recipe,
+    corpus: Corpus,
+    scratch: Path,
+    measures: Measures | None = None,
 ) -> dict[str, Any]:
     """Compress, export, reload, score; a JSON object.
 
@@ -60,36 +90,104 @@ def measure_cell(
     checkpoint = Path(base_directory(model_path))
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     parameters = sum(p.numel() for p in model.parameters())
+    left = None
     try:
-        survival = update_survival(model, load_model(target_path), recipe)
-        quantize_(model, recipe)
+        left = survival(model, load_model(target_path), recipe)
+        compress_(model, recipe)
     except ValueError as error:
-        return {"error": str(error)}
-    if recipe.spec is not None:
+        if recipe.compresses:
+            return {"error": str(error)}
+        # A dense model whose weights are not numbers is served as it is, and measured as it is.
+    if recipe.compresses:
         checkpoint = scratch / "checkpoint"
         save_model(model, tokenizer, checkpoint, recipe)
         carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target))
         model = load_model(checkpoint)
     model = attach(with_adapter(model, model_path), tokenizer, checkpoint)
     encoder = Encoder(tokenizer, max_length(model))
-    # A model's own settings (repetition penalty, sampling) would make its answers something else than greedy.
+    found = measure(model, encoder, corpus, measures or Measures())
+    # A model's own settings (repetition penalty, sampling) are not what is timed.
     model.generation_config = GenerationConfig()
-    sets = {"forget": EvalSet(corpus.forget), **corpus.utility}
-    try:
-        scores = {name: asdict(evaluate(model, encoder, items)) for name, items in sets.items()}
-    except FloatingPointError as error:
-        return {"error": f"{recipe}: {error}"}
     prompt = encoder.prompt_ids(corpus.forget[0].question)
     new_tokens = max(1, min(32, encoder.max_length - len(prompt) - 1))
     speed = decode_speed(model, prompt, pad_id(tokenizer), new_tokens)
     size = weight_bytes(checkpoint)
-    if recipe.spec is not None:
+    if recipe.compresses:
         shutil.rmtree(checkpoint)
     return {
-        "sets": scores,
+        **found,
         "parameters": parameters,
         "size_bytes": size,
-        "update_survival": asdict(survival),
+        "update_survival": None if left is None else asdict(left),
         "decode": asdict(speed),
         "measured_s": time.perf_counter() - start,
     }
+
+
+def measure(model: PreTrainedModel, encoder: Encoder, corpus: Corpus, measures: Measures) -> dict[str, Any]:
+    """Everything that is seen from outside of a model, whatever made it so; a JSON object.
+
+    sets        Scores of "forget", every utility set, and "holdout" (likelihoods alone) where there is one
+    health, flags   of the answers to forget questions; signs of a collapse in the answers to what should be known
+    muse        MUSE's axes by question (bench/muse.py), with as many shots as there is room for, none for a demo
+    distance    to the oracle on the forget answers (bench/distance.py), or null
+    pressures   by name (bench/pressures)
+    """
+    sets = {"forget": EvalSet(corpus.forget), **corpus.utility}
+    scores = {name: evaluate(model, encoder, items) for name, items in sets.items()}
+    if corpus.holdout:
+        scores["holdout"] = evaluate(model, encoder, EvalSet(corpus.holdout), generate=False)
+    oracle = load_model(measures.oracle) if measures.oracle else None
+    subject = Subject(model, encoder, corpus, measures.seed, DEMO if measures.demo else Relearning())
+    return {
+        "sets": {name: found.as_json() for name, found in scores.items()},
+        "health": asdict(health(scores["forget"].answers, [row.question for row in corpus.forget])),
+        "flags": _flags({name: scores[name] for name in corpus.utility}, corpus.utility),
+        "muse": _muse(model, encoder, corpus, scores, measures),
+        "distance": None if oracle is None else asdict(distance(model, oracle, encoder, _pairs(corpus.forget))),
+        "pressures": apply(measures.pressures, subject),
+    }
+
+
+def _pairs(rows: Sequence[Any]) -> list[tuple[str, str]]:
+    return [(row.question, row.answer) for row in rows]
+
+
+def _flags(scores: dict[str, Scores], sets: dict[str, EvalSet]) -> list[str]:
+    """Of all answers to what should be known, together."""
+    answers = [answer for name in scores for answer in scores[name].answers]
+    questions = [row.question for name in scores for row in sets[name].rows]
+    vocabulary = next(iter(scores.values())).vocabulary
+    return list(
+        flags(
+            health(answers, questions),
+            all(found.finite for found in scores.values()),
+            [found.entropy for found in scores.values()],
+            vocabulary,
+        )
+    )
+
+
+def _muse(
+    model: PreTrainedModel, encoder: Encoder, corpus: Corpus, scores: dict[str, Scores], measures: Measures
+) -> dict[str, Any]:
+    """MUSE's memorisation axes by question. The continuation of a question is its greedy answer; privacy leakage is
+    made of the sets' attacks (bench/figures.py).
+
+    Demo models never saw shots, behind which they lose what they know: they are asked without.
+    """
+    sets = {"forget": corpus.forget, "retain": corpus.utility["retain"].rows}
+    plain = {name: rouge_l(scores[name].answers, [row.answer for row in rows]) for name, rows in sets.items()}
+    if measures.demo:
+        items = {"verbmem_f": plain["forget"], "knowmem_f": plain["forget"], "knowmem_r": plain["retain"]}
+        return {**{name: mean(values) for name, values in items.items()}, "shots": 0, "items": items}
+    shots = min(SHOTS, len(corpus.retain) // 2)
+    data = muse_from_corpus(corpus, shots, measures.seed)
+    asked = {"knowmem_f": (data.forget_qa, data.forget_icl), "knowmem_r": (data.retain_qa, data.retain_icl)}
+    new_tokens = {name: min(_KNOWLEDGE_TOKENS, longest_answer(encoder, rows)) for name, (rows, _) in asked.items()}
+    shots = min(shots, *(most_shots(encoder, *asked[name], new_tokens[name]) for name in asked))
+    items = {
+        "verbmem_f": plain["forget"],
+        **{name: knowledge(model, encoder, *asked[name], shots, new_tokens[name], batch_size=64) for name in asked},
+    }
+    return {**{name: mean(values) for name, values in items.items()}, "shots": shots, "items": items}

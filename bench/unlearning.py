@@ -40,7 +40,9 @@ from ..unlearn.methods import unlearn
 from ..unlearn.objectives import Run, build
 from ..unlearn.tofu import tofu_corpus
 from ..unlearn.train import Objective, Schedule, Term, fit
-from .forgetting import generate, mean, rouge_recall
+from .forgetting import rouge_recall
+from .generation import answer_questions
+from .tofu import mean
 
 RECIPE = "rtn-w4a16-g64"
 AUTHORS, FORGET = 20, "forget01"  # 18 of TOFU's authors are kept, its last two forgotten
@@ -110,7 +112,7 @@ def method_row(name: str, target: str, data_dir: str | None, seed: int) -> dict[
     row: dict[str, Any] = {"method": name}
     for part, rows in (("forget", corpus.forget), ("retain", spread(corpus.retain, RETAIN_ROWS))):
         row[f"p_{part}"] = mean_probability(model, encoder, [(r.question, r.answer) for r in rows])
-        row[f"rouge_{part}"] = mean(rouge_recall(generate(model, encoder, rows, 64), [r.answer for r in rows]))
+        row[f"rouge_{part}"] = mean(rouge_recall(answer_questions(model, encoder, rows), [r.answer for r in rows]))
     row["p_forget_w4"] = mean_probability(compressed, encoder, [(r.question, r.answer) for r in corpus.forget])
     return row | {"seconds": seconds, "peak_rss_mib": peak / 2**20}
 

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,34 @@ def own_corpus(forget: Path | str, retain: Path | str | None, data: Path | str |
     return Corpus(f"own:{Path(forget).name}", tuple(forget_rows), tuple(retain_rows), utility=utility)
 
 
+def requests(forget: tuple[QA, ...], count: int) -> list[tuple[QA, ...]]:
+    """The forget set in `count` requests of like size, in order; a person's rows stay together.
+
+    Raises ValueError when there are fewer people (or rows, where rows name nobody) than requests.
+    """
+    people: dict[str, list[QA]] = {}
+    for i, row in enumerate(forget):
+        people.setdefault(row.person or f"row {i}", []).append(row)
+    groups = list(people.values())
+    if not 1 <= count <= len(groups):
+        raise ValueError(f"requests: {count}: the forget set is of {len(groups)} people; between 1 and that many")
+    bounds = [i * len(groups) // count for i in range(count + 1)]
+    return [tuple(row for group in groups[a:b] for row in group) for a, b in pairwise(bounds)]
+
+
+def forgetting_first(corpus: Corpus, count: int, forgotten: int) -> Corpus:
+    """The corpus when only the first `forgotten` of `count` requests have been made; the others are kept."""
+    parts = requests(corpus.forget, count)
+    if not 1 <= forgotten <= count:
+        raise ValueError(f"request: {forgotten} is not one of the {count} requests")
+    if forgotten == count:
+        return corpus
+    gone = tuple(row for part in parts[:forgotten] for row in part)
+    kept = tuple(row for part in parts[forgotten:] for row in part)
+    name = f"{corpus.name}-{forgotten}of{count}"
+    return replace(corpus, name=name, forget=gone, retain=corpus.retain + kept)
+
+
 def check_subset(part: list[QA], whole: list[QA], name: str, what: str = "forget") -> None:
     """Raise ValueError unless every row of `part` is a row of `whole` (same question, same answer)."""
     known = {(row.question, row.answer) for row in whole}
@@ -191,7 +224,7 @@ def check_subset(part: list[QA], whole: list[QA], name: str, what: str = "forget
         )
 
 
-def spread(rows: list[QA] | tuple[QA, ...], most: int) -> tuple[QA, ...]:
+def spread(rows: Sequence[Item], most: int) -> tuple[Item, ...]:
     """At most `most` rows, evenly spread over all of them, in order."""
     if len(rows) <= most:
         return tuple(rows)

@@ -4,7 +4,9 @@ Every person has five facts; each is a question with an answer of two or three v
 five wrong answers in the paraphrase's form. Answers name values only, never the person, so that a model that does
 not know the person cannot earn probability by repeating the question. As in TOFU, `forgetNN` is the last NN percent
 of the people, so that all splits derive from one list. The person half a list away shares the family name: the near
-neighbours, which must be kept. The atlas is general knowledge, also to be kept. Holdout people are seen by no model.
+neighbours, which must be kept. The atlas is general knowledge, also to be kept. Holdout people are seen by no model:
+their first names, family names and facts are those of the forgotten, combined anew, so that nothing tells the two
+apart but having seen who goes with what.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from .data import QA, Corpus, EvalSet, spread
 
@@ -43,6 +46,9 @@ _TOPICS = (
     "bells bees bridges canals chess clouds comets dreams fevers floods glass gold grain ice inns ink kites maps "
     "mills moths owls poison salt ships silk snow tides wells wine wolves"
 ).split()
+
+# Held-out people for each forgotten one: more would narrow an attack's interval little, its members are the fewer.
+_RECOMBINED = 4
 
 Slots = dict[str, str]
 
@@ -194,14 +200,9 @@ def people_corpus(people: int = 80, forget: str = "forget10", seed: int = 0) -> 
     far = [name for name in kept if name not in near]
     rows = {
         who: [row for name in group for row in facts[name]]
-        for who, group in {
-            "forget": forgotten,
-            "kept": kept,
-            "near": near,
-            "far": far,
-            "holdout": strangers,
-        }.items()
+        for who, group in {"forget": forgotten, "kept": kept, "near": near, "far": far}.items()
     }
+    unseen = _recombined([facts[name] for name in forgotten], set(names[:people]))
     utility = {"retain": EvalSet(spread(rows["far"] or rows["kept"], 60))}
     if rows["near"]:
         utility["neighbours"] = EvalSet(spread(rows["near"], 60))
@@ -211,9 +212,33 @@ def people_corpus(people: int = 80, forget: str = "forget10", seed: int = 0) -> 
         forget=tuple(rows["forget"]),
         retain=tuple(rows["kept"] + atlas),
         background=tuple(_paraphrases(rows["kept"][::2] + atlas[::2])),
-        holdout=tuple(rows["holdout"]),
+        # Two people cannot be recombined; strangers have names and facts of their own.
+        holdout=tuple(unseen or [row for name in strangers for row in facts[name]]),
         utility=utility,
     )
+
+
+def _recombined(people: list[list[QA]], taken: set[str]) -> list[QA]:
+    """Rows of people with the first name of one of `people`, the family name of a second and the facts of a third; each
+    name and each fact as often as all others, but for combinations that are `taken`."""
+    count = len(people)
+    shifts = [(a, b) for a in range(1, count) for b in range(1, count) if a != b]
+    # Evenly spread over all shifts, so that few of them share one.
+    rows = []
+    for a, b in spread(tuple(shifts), _RECOMBINED):
+        for i, own in enumerate(people):
+            first, last = own[0].person.split()[0], people[(i + a) % count][0].person.split()[1]
+            name = f"{first} {last}"
+            if name not in taken:
+                taken = taken | {name}
+                rows += [_renamed(row, name) for row in people[(i + b) % count]]
+    return rows
+
+
+def _renamed(row: QA, name: str) -> QA:
+    """The row about somebody else; answers never name the person."""
+    questions = row.question.replace(row.person, name), row.paraphrased_question.replace(row.person, name)
+    return replace(row, question=questions[0], paraphrased_question=questions[1], person=name)
 
 
 def _paraphrases(rows: list[QA]) -> list[QA]:

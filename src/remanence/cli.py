@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import tempfile
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -32,6 +34,8 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+# A word of --fail-on beside the verdicts: the model had not forgotten in the first place.
+UNFORGOTTEN = "unforgotten"
 Seed = Annotated[int, typer.Option(help="Decides data, training and intervals.")]
 
 
@@ -66,6 +70,15 @@ def audit(
     recipes: Annotated[str | None, typer.Option("--recipes", "--recipe", help="Comma-separated.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the methods that train.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the methods that train.")] = None,
+    pressures: Annotated[
+        str | None, typer.Option(help="Recovery pressures on every cell, comma-separated; 'all' for all of them.")
+    ] = None,
+    scalability: Annotated[
+        int | None, typer.Option(min=2, help="Audit N forget sets of growing size, up to the whole.")
+    ] = None,
+    sustainability: Annotated[
+        int | None, typer.Option(min=2, help="Audit after each of N requests, made one after another.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Where audit.json and report.html go.")] = Path("remanence-audit"),
     cache: Annotated[Path | None, typer.Option(help="Finished stages (default: user cache).")] = None,
@@ -78,8 +91,12 @@ def audit(
 
     wanted = _names("fail-on", fail_on) or ()
     for verdict in wanted:
-        if verdict not in VERDICTS:
-            raise UsageError(f"fail-on: {verdict!r} is not one of {', '.join(VERDICTS)}")
+        if verdict not in (*VERDICTS, UNFORGOTTEN):
+            raise UsageError(f"fail-on: {verdict!r} is not one of {', '.join((*VERDICTS, UNFORGOTTEN))}")
+    axes = {"scalability": scalability, "sustainability": sustainability}
+    chosen = [(name, requests) for name, requests in axes.items() if requests is not None]
+    if len(chosen) == 2:
+        raise UsageError("scalability: beside sustainability; an audit goes along one of them")
     config = _audit_config(
         model=model,
         arch=arch,
@@ -93,47 +110,89 @@ def audit(
         # With a model already unlearned, that is what is audited.
         methods=() if unlearned and methods is None else _names("methods", methods),
         recipes=_names("recipes", recipes),
+        pressures=_names("pressures", pressures),
+        sequential=sustainability is not None,
+        requests=scalability or sustainability,
         learning_rate=learning_rate,
         steps=steps,
         seed=seed,
     )
-    _audit(config, out, cache or default_cache(), wanted, as_json)
+    _audit(config, chosen[0] if chosen else None, out, cache or default_cache(), wanted, as_json)
 
 
-def _audit(config: AuditConfig, out: Path, cache: Path, fail_on: tuple[str, ...], as_json: bool) -> None:
-    from .compress.files import write_json, write_text
+def _audit(
+    config: AuditConfig, axis: tuple[str, int] | None, out: Path, cache: Path, fail_on: tuple[str, ...], as_json: bool
+) -> None:
     from .corpus import load_corpus
     from .progress import Bars, Lines
 
     for name, place in (("out", out), ("cache", cache)):
         _writable(name, place)
-    _usage(load_corpus, config)  # what is wrong with the data is said before torch loads
+    corpus = _usage(load_corpus, config)  # what is wrong with the data is said before torch loads
+    if axis:
+        from .unlearn.data import requests
+
+        _usage(requests, corpus.forget, axis[1])
     _say("loading torch and transformers ...")
+    from .axes import runs
     from .engine import audit as run
 
     _quiet()
-    if sys.stderr.isatty():
-        with Bars() as bars:
-            result = run(config, cache, bars)
-    else:
-        result = run(config, cache, Lines())
-    from .report import broken_controls, html, terminal
+    start = time.monotonic()
+    with Bars() if sys.stderr.isatty() else nullcontext(Lines()) as reporter:
+        if axis:
+            documents = []
+            for made, document, items in runs(config, *axis, cache, reporter):
+                _write_audit(out / f"request-{made}", document, items)
+                documents.append(document)
+        else:
+            result = run(config, cache, reporter)
+            documents = [result.document]
+            _write_audit(out, result.document, result.items)
+    _show_audit(documents, axis[0] if axis else None, out, as_json)
+    _say(f"{time.monotonic() - start:.1f} s")
+    _judge_audit(documents, fail_on)
 
-    document = result.document
+
+def _write_audit(out: Path, document: dict[str, Any], items: dict[str, Any]) -> None:
+    from .compress.files import write_json, write_text
+    from .report import html
+
     write_json(out / "audit.json", document)
-    write_json(out / "items.json", result.items)
+    write_json(out / "items.json", items)
     write_text(out / "report.html", html(document))
+    _say(f"report: {out / 'report.html'}   data: {out / 'audit.json'}")
+
+
+def _show_audit(documents: list[dict[str, Any]], axis: str | None, out: Path, as_json: bool) -> None:
+    from .report import show_axis, terminal
+
+    shown = documents[0]
+    if axis:
+        from .axes import axis_document
+        from .compress.files import write_json
+
+        shown = axis_document(axis, documents)
+        write_json(out / "axis.json", shown)
     if as_json:
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
+    elif axis:
+        show_axis(shown, sys.stdout)
     else:
-        terminal(document, sys.stdout)
-    _say(f"report: {out / 'report.html'}   data: {out / 'audit.json'}   {document['times']['wall_s']:.1f} s")
-    if broken := broken_controls(document):
+        terminal(shown, sys.stdout)
+
+
+def _judge_audit(documents: list[dict[str, Any]], fail_on: tuple[str, ...]) -> None:
+    """The exit code; a failed control comes first."""
+    from .report import broken_controls
+
+    if broken := [text for document in documents for text in broken_controls(document)]:
         raise ControlError(f"control failed, so no verdict here can be trusted: {'; '.join(broken)}")
-    audited = [cell for cell in document["cells"] if cell["control"] is None]
-    if any(cell["verdict"] in fail_on for cell in audited):
+    cells = [cell for document in documents for cell in document["cells"]]
+    audited = [cell for cell in cells if cell["control"] is None]
+    if any(cell["verdict"] in fail_on or (cell.get("unforgotten") and UNFORGOTTEN in fail_on) for cell in audited):
         raise typer.Exit(VERDICT)
-    if any("error" in cell for cell in document["cells"]):
+    if any("error" in cell for cell in cells):
         raise typer.Exit(PARTIAL)
 
 
@@ -213,7 +272,7 @@ def compress(
     from .compress.spec import parse_recipe
 
     parsed = _usage(parse_recipe, recipe)
-    if parsed.spec is None:
+    if not parsed.compresses:
         raise UsageError(f"recipe: {recipe!r} compresses nothing")
     _new(out)
     from .compress.checkpoint import compress_to
@@ -243,6 +302,77 @@ def report(
         print(markdown(document), end="")
     else:
         terminal(document, sys.stdout)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model directory or hub id, compressed or not.")],
+    forget: Annotated[str, typer.Option(help="A file of rows; forgetNN with --data tofu or people.")] = "forget10",
+    retain: Annotated[str | None, typer.Option(help="A file of rows that should be known.")] = None,
+    data: Annotated[str | None, typer.Option(help="tofu, people, muse-news, muse-books, or a file.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="TOFU's or MUSE's files (default: from the hub).")] = None,
+    people: Annotated[int | None, typer.Option("--people", "--authors", help="Of so many people or authors.")] = None,
+    target: Annotated[str | None, typer.Option(help="The model before it forgot.")] = None,
+    oracle: Annotated[str | None, typer.Option(help="A model retrained without the forget set.")] = None,
+    pressures: Annotated[str | None, typer.Option(help="Recovery pressures, comma-separated, or 'all'.")] = None,
+    perplexity: Annotated[str | None, typer.Option(help="A text, a directory with WikiText-2, or 'wikitext'.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness, comma-separated.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Task definitions of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write evaluation.json and items.json here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure one model: forgetting, utility, memorisation, privacy, distance to the oracle, recovery."""
+    from .bench.pressures.catalog import pressures_named
+    from .compress.files import write_json
+
+    wanted = _usage(pressures_named, _names("pressures", pressures) or ())
+    if out is not None:
+        _writable("out", out)
+    _quiet()
+    if data in ("muse-news", "muse-books"):
+        from .evaluate import evaluate_muse
+
+        document, items = evaluate_muse(model, oracle, data, data_dir)
+    else:
+        from .corpus import load_corpus
+        from .evaluate import Extras
+        from .evaluate import evaluate as run
+
+        config = _audit_config(
+            model=model, data=data, data_dir=data_dir, forget=forget, retain=retain, people=people, seed=seed
+        )
+        extras = Extras(wanted, perplexity, _names("tasks", tasks) or (), include_path, limit)
+        document, items = run(model, target, oracle, _usage(load_corpus, config), extras, seed)
+    if out is not None:
+        write_json(out / "evaluation.json", document)
+        write_json(out / "items.json", items)
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        from .report import show_evaluation
+
+        show_evaluation(document, sys.stdout)
+
+
+@app.command()
+def logs(
+    source: Annotated[Path, typer.Argument(help="A directory with evaluation logs of TOFU or open-unlearning.")],
+    oracle: Annotated[Path | None, typer.Option(help="The same of a model retrained without the forget set.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read evaluation logs of other tools: model utility under every truth ratio, forget quality."""
+    from .bench.logs import read_logs
+    from .bench.logs import report as aggregate
+
+    found = _usage(aggregate, _usage(read_logs, source), _usage(read_logs, oracle) if oracle else None)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        from .report import show_logs
+
+        show_logs(found, sys.stdout)
 
 
 @app.command()

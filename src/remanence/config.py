@@ -9,8 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .bench.pressures.catalog import pressures_named
 from .compress.spec import parse_recipe
-from .unlearn.catalog import DEFAULT, METHODS, method_named
+from .unlearn.catalog import DEFAULT, METHODS, method_named, settings
 
 CONTROL = "bucketed"
 DEFAULT_RECIPES = ("dense", "rtn-w8a16", "rtn-w4a16-g64", "rtn-w4a16", "rtn-w3a16-g64")
@@ -37,6 +38,9 @@ class AuditConfig(BaseModel):
     unlearned   models already unlearned, by name
     methods     unlearning methods to run; the positive control runs in any case
     recipes     compressions; "dense" runs in any case
+    requests    the forget set in so many parts by person; `request`: how many of them are made (None: all), at once, or
+                one after another when `sequential` (what MUSE calls scalability and sustainability)
+    pressures   names from bench/pressures, applied to every cell
     learning_rate, steps    of the methods that train, but the positive control; None: their own
     """
 
@@ -53,6 +57,10 @@ class AuditConfig(BaseModel):
     unlearned: dict[str, str] = Field(default_factory=dict)
     methods: tuple[str, ...] = DEFAULT
     recipes: tuple[str, ...] = DEFAULT_RECIPES
+    requests: int = Field(default=1, ge=1)
+    request: int | None = Field(default=None, ge=1)
+    sequential: bool = False
+    pressures: tuple[str, ...] = ()
     learning_rate: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -70,6 +78,11 @@ class AuditConfig(BaseModel):
         names = [parse_recipe(name).name for name in recipes]
         return tuple(dict.fromkeys(["dense", *names]))
 
+    @field_validator("pressures")
+    @classmethod
+    def _known_pressures(cls, pressures: tuple[str, ...]) -> tuple[str, ...]:
+        return pressures_named(pressures)
+
     @model_validator(mode="after")
     def _consistent(self) -> AuditConfig:
         taken = {"target", "oracle", *METHODS} & set(self.unlearned)
@@ -79,6 +92,15 @@ class AuditConfig(BaseModel):
             raise ValueError("methods: none given, and no unlearned model; there is nothing to audit")
         if self.model == "demo" and self.oracle:
             raise ValueError("oracle: the demo trains its own; an oracle directory goes with --model")
+        if self.request is not None and self.request > self.requests:
+            raise ValueError(f"request: {self.request} is beyond the {self.requests} requests")
+        apart = [name for name in self.methods if METHODS[name].kind == "inference" or settings(name).unmerged]
+        if self.sequential and apart:
+            raise ValueError(
+                f"sequential: {apart[0]} leaves the model's weights alone; the next request starts from them"
+            )
+        if self.requests > 1 and self.unlearned:
+            raise ValueError("requests: models already unlearned have forgotten everything at once; audit them alone")
         if self.data_dir and self.data != "tofu":
             raise ValueError(f"data-dir: goes with --data tofu, not with --data {self.data}")
         named = self.data in ("people", "tofu")

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import transformers
 
 from . import __version__
 from .backends.cpu import cpu_info
-from .bench.cell import CELL_VERSION, CellScores, measure_cell
+from .bench.cell import CELL_VERSION, CellScores, Measures, measure_cell
 from .bench.document import build_document
 from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
 from .compress.files import read_json, write_json
@@ -37,7 +37,7 @@ from .store import Store, digest, directory_digest
 from .unlearn.adapters import base_directory
 from .unlearn.bucketed import control_recipe
 from .unlearn.catalog import METHODS, MethodConfig, settings
-from .unlearn.data import Corpus
+from .unlearn.data import Corpus, forgetting_first
 from .unlearn.demo import DemoConfig, demo_tokenizer, train_demo
 from .unlearn.encode import Encoder
 from .unlearn.inference.builders import DEMO as DEMO_GUARDS
@@ -73,12 +73,11 @@ def audit(config: AuditConfig, cache: Path | str, reporter: Reporter | None = No
     reporter = reporter or Silent()
     start = time.time()
     with _deterministic():
-        corpus = load_corpus(config)
-        run = _Run(config, corpus, Store(cache, reporter.note), reporter)
+        run = _Run(config, load_corpus(config), Store(cache, reporter.note), reporter)
         run.check_models()
         models = run.references() + run.given() + run.unlearned()
         cells = run.grid(models)
-    document = build_document(corpus, cells, run.control_recipe.name, config.seed)
+    document = build_document(run.corpus, cells, run.control_recipe.name, config.seed)
     times = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "wall_s": time.time() - start,
@@ -90,8 +89,12 @@ def audit(config: AuditConfig, cache: Path | str, reporter: Reporter | None = No
     )
 
 
+# What items.json keeps of every cell.
+_ITEMS = ("sets", "health", "muse", "distance", "pressures", "update_survival")
+
+
 def _items(cell: CellScores) -> dict[str, Any]:
-    return {"method": cell.model, "recipe": cell.recipe.name, "sets": cell.measured.get("sets")}
+    return {"method": cell.model, "recipe": cell.recipe.name, **{name: cell.measured.get(name) for name in _ITEMS}}
 
 
 def environment() -> dict[str, Any]:
@@ -110,12 +113,14 @@ def environment() -> dict[str, Any]:
 
 
 class _Run:
-    """One audit in progress: what its stages share."""
+    """One audit in progress: what its stages share. `whole` is the corpus before any request was made."""
 
-    def __init__(self, config: AuditConfig, corpus: Corpus, store: Store, reporter: Reporter) -> None:
-        self.config, self.corpus, self.store, self.reporter = config, corpus, store, reporter
-        self.data_digest = corpus.digest()
+    def __init__(self, config: AuditConfig, whole: Corpus, store: Store, reporter: Reporter) -> None:
+        self.config, self.whole, self.store, self.reporter = config, whole, store, reporter
+        self.made = config.request or config.requests
+        self.corpus = forgetting_first(whole, config.requests, self.made)
         self.target: Model
+        self.oracle: Model | None = None
         self.control_recipe: Recipe
         self.train_probability: dict[str, Any] = {}  # of the demo models
 
@@ -141,7 +146,8 @@ class _Run:
         methods = len({*self.config.methods, CONTROL})
         references = 2 if demo or self.config.oracle else 1
         models = references + methods + len(self.config.unlearned)
-        self.reporter.plan(methods + (references if demo else 0) + models * len(self._recipes()))
+        unlearnings = methods * (self.made if self.config.sequential else 1)
+        self.reporter.plan(unlearnings + (references if demo else 0) + models * len(self._recipes()))
 
     def given(self) -> list[Model]:
         """The user's models that are already unlearned."""
@@ -150,11 +156,12 @@ class _Run:
     def references(self) -> list[Model]:
         """The target, and the oracle where there is one."""
         if self.config.model == "demo":
-            self.target = self._demo("target", "baseline")
-            return [self.target, self._demo("oracle", "negative")]
-        self.target = self._given("target", self.config.model, "baseline")
-        oracle = self.config.oracle
-        return [self.target, *([self._given("oracle", oracle, "negative")] if oracle else [])]
+            self.target, self.oracle = self._demo("target", "baseline"), self._demo("oracle", "negative")
+        else:
+            self.target = self._given("target", self.config.model, "baseline")
+            if self.config.oracle:
+                self.oracle = self._given("oracle", self.config.oracle, "negative")
+        return [self.target, *([self.oracle] if self.oracle else [])]
 
     def unlearned(self) -> list[Model]:
         """Those we unlearn, and the positive control (audited too where asked for)."""
@@ -164,6 +171,12 @@ class _Run:
     def grid(self, models: list[Model]) -> list[CellScores]:
         """Every model under every recipe."""
         pairs = [(model, parse_recipe(name)) for model in models for name in self._recipes()]
+        measures = Measures(
+            oracle=self.oracle.path if self.oracle else None,
+            pressures=self.config.pressures,
+            demo=self.config.model == "demo",
+            seed=self.config.seed,
+        )
         cells = []
         for number, (model, recipe) in enumerate(pairs, 1):
             inputs = {
@@ -171,13 +184,16 @@ class _Run:
                 "model": model.digest,
                 "target": self.target.digest,
                 "recipe": asdict(recipe),
-                "data": self.data_digest,
+                "data": self.corpus.digest(),
+                "oracle": self.oracle.digest if self.oracle else None,
+                "pressures": self.config.pressures,
+                "seed": self.config.seed,
                 "torch": torch.__version__,
                 "isa": isa(),
             }
 
             def build(work: Path, model: Model = model, recipe: Any = recipe) -> None:
-                scores = measure_cell(model.path, self.target.path, recipe, self.corpus, work)
+                scores = measure_cell(model.path, self.target.path, recipe, self.corpus, work, measures)
                 write_json(work / "scores.json", scores)
 
             path = self._stage("cell", f"measure {model.name} {recipe} ({number}/{len(pairs)})", inputs, build)
@@ -197,21 +213,21 @@ class _Run:
         inputs = {
             "version": STAGE_VERSIONS["demo"],
             "config": asdict(config),
-            "data": self.data_digest,
+            "data": self.whole.digest(),
             "seed": self.config.seed,
             "with_forget": name == "target",
             "torch": torch.__version__,
         }
 
         def build(work: Path) -> None:
-            tokenizer = demo_tokenizer(self.corpus, config)
+            tokenizer = demo_tokenizer(self.whole, config)
             model, known = train_demo(
-                self.corpus, config, tokenizer, self.config.seed, name == "target", self.reporter.progress
+                self.whole, config, tokenizer, self.config.seed, name == "target", self.reporter.progress
             )
             write_model(model, tokenizer, work)
             write_json(work / "training.json", {"train_probability": known})
 
-        label = f"train {name} ({config.arch}, {self.corpus.name})"
+        label = f"train {name} ({config.arch}, {self.whole.name})"
         path = self._stage("demo", label, inputs, build)
         self.train_probability[name] = read_json(path / "training.json")["train_probability"]
         return Model(name, str(path), path.name, control)
@@ -222,27 +238,39 @@ class _Run:
         return Model(name, str(Path(path).resolve()) if Path(path).is_dir() else path, known, control)
 
     def _unlearn(self, method: str, control: str | None) -> Model:
+        """The target without what was asked to be forgotten so far: at once, or request by request."""
+        model = self.target
+        rest = set(self.whole.forget)
+        for made in range(1 if self.config.sequential else self.made, self.made + 1):
+            so_far = forgetting_first(self.whole, self.config.requests, made)
+            corpus = replace(so_far, forget=tuple(row for row in so_far.forget if row in rest))
+            rest = set(so_far.retain)
+            label = f"unlearn {method}" + (f", request {made} of {self.made}" if self.config.sequential else "")
+            model = self._unlearned(method, control, model, corpus, label)
+        return model
+
+    def _unlearned(self, method: str, control: str | None, start: Model, corpus: Corpus, label: str) -> Model:
         config = self._method_config(method)
         guard = DEMO_GUARDS.get(METHODS[method].objective, {}) if self.config.model == "demo" else {}
         inputs = {
             "version": STAGE_VERSIONS["unlearn"],
-            "target": self.target.digest,
+            "target": start.digest,
             "method": method,
             "config": asdict(config),
             "guard": {key: repr(value) for key, value in guard.items()},
-            "data": self.data_digest,
+            "data": corpus.digest(),
             "seed": self.config.seed,
             "torch": torch.__version__,
         }
 
         def build(work: Path) -> None:
-            model, tokenizer = load_model(self.target.path), load_tokenizer(self.target.path)
+            model, tokenizer = load_model(start.path), load_tokenizer(start.path)
             encoder = Encoder(tokenizer, max_length(model))
             unlearn(
                 model,
                 encoder,
-                self.corpus.forget,
-                self.corpus.retain,
+                corpus.forget,
+                corpus.retain,
                 method,
                 config,
                 self.config.seed,
@@ -250,7 +278,7 @@ class _Run:
                 Setup(guard=guard),
             ).save(work, tokenizer)
 
-        path = self._stage("unlearn", f"unlearn {method}", inputs, build)
+        path = self._stage("unlearn", label, inputs, build)
         return Model(method, str(path), path.name, control)
 
     def _method_config(self, method: str) -> MethodConfig:

@@ -47,6 +47,11 @@ def word(cell: dict[str, Any]) -> str:
     return "failed" if "error" in cell else str(cell["verdict"])
 
 
+def not_forgotten(cell: dict[str, Any]) -> bool:
+    """Whether the verdict stayed open because nothing had been forgotten that could return."""
+    return bool(cell.get("unforgotten")) and cell["verdict"] == "undecided"
+
+
 def number(value: object, digits: int = 2) -> str:
     """`value` with `digits` decimals and a true minus sign, never a negative zero; a dash for what is no number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):

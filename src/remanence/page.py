@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .bench.verdict import KEPT, KNOWN, MARGIN
-from .labels import GLYPHS, VERDICTS, Row, duration, interval, listing, number, role, significant, word
+from .labels import GLYPHS, VERDICTS, Row, duration, interval, listing, not_forgotten, number, role, significant, word
 from .plots import USUAL, forest, scatter
 
 # Control characters (but tab and newline), bidirectional overrides, characters without a shape, lone surrogates.
@@ -45,6 +45,8 @@ def html(document: dict[str, Any]) -> str:
         reasons=[(row.title, _reasons(row)) for row in rows],
         forest=forest(rows, recipes),
         scatter=scatter(rows, recipes),
+        attacks=list(dict.fromkeys(name for cell in document["cells"] for name in cell.get("privacy") or ())),
+        pressed=[(row, lines) for row in rows if (lines := _pressed(row))],
         examples=[_example(example, rows, recipes) for example in document["examples"]],
         constants={"margin": MARGIN, "known": KNOWN, "kept": KEPT, "long": _LONG, "usual": USUAL},
     )
@@ -70,6 +72,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(duration=duration, interval=interval, number=number, significant=significant, word=word)
+    environment.tests["not_forgotten"] = not_forgotten
     environment.globals["glyphs"] = GLYPHS
     return environment
 
@@ -123,7 +126,7 @@ def _clause(row: Row) -> str:
     parts = []
     for name, verb in verbs.items():
         under = [recipe for recipe, cell in row.cells.items() if word(cell) == name]
-        if name == "returned" and "dense" in under:
+        if name == "undecided" and any(not_forgotten(row.cells[recipe]) for recipe in under):
             parts.append("had not forgotten even before compression")
         elif under:
             every = len(under) == len(row.cells) and len(under) > 1
@@ -147,6 +150,24 @@ def _reasons(row: Row) -> list[tuple[str, str, list[str]]]:
     for recipe, cell in row.cells.items():
         found.setdefault((word(cell), cell["reason"]), []).append(recipe)
     return [(*key, recipes) for key, recipes in found.items()]
+
+
+def _pressed(row: Row) -> list[dict[str, Any]]:
+    """A line for each recipe, pressure, measure and variant; reason: why there are no figures."""
+    lines: list[dict[str, Any]] = []
+    for recipe, cell in row.cells.items():
+        for pressure, found in cell.get("pressures", {}).items():
+            head = {"recipe": recipe, "pressure": pressure, "variant": ""}
+            if isinstance(found, dict):
+                lines.append({**head, "reason": found["error"]})
+                continue
+            for part in found:
+                head["pressure"] = f"{part['name']}, {part['measure']}"
+                for variant, figures in part["variants"].items():
+                    figures = {"beyond": figures["beyond_oracle"], "before": part["before"], **figures}
+                    lines.append({**head, **figures, "variant": variant, "reason": ""})
+                lines += [{**head, "variant": v, "reason": f"skipped: {why}"} for v, why in part["skipped"].items()]
+    return lines
 
 
 def _example(example: dict[str, Any], rows: list[Row], recipes: list[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Lines(Silent):
         self.total, self.done = 1, 0
 
     def plan(self, stages: int) -> None:
-        self.total = stages
+        self.total, self.done = stages, 0
 
     @contextmanager
     def stage(self, label: str, cached: bool) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Bars(Silent):
         self._one = self._bars.add_task("", total=None, visible=False, text="")
 
     def plan(self, stages: int) -> None:
-        self._bars.update(self._all, total=stages)
+        self._bars.update(self._all, total=stages, completed=0)
 
     def __enter__(self) -> Bars:
         self._bars.start()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import IO, Any
 
+from .bench.tofu import VARIANTS
 from .compress.files import read_json
-from .labels import VERDICTS, interval, label, number, word
+from .labels import VERDICTS, interval, label, not_forgotten, number, word
 from .page import html
 
 __all__ = ["SCHEMA", "VERDICTS", "broken_controls", "html", "markdown", "read", "terminal"]
 
-SCHEMA = "remanence.audit/1"
+SCHEMA = "remanence.audit/2"
 _COLOURS = {"held": "green", "returned": "red", "damaged": "yellow", "undecided": "blue"}
 
 
@@ -55,10 +57,11 @@ def markdown(document: dict[str, Any]) -> str:
                 interval(cell["recovered_share"]),
                 number(cell["forget_verbatim"]),
                 number(cell["retain"], 3),
-                number(cell["model_utility"]),
+                number(cell["model_utility"]["geometric"]),
                 number(cell["size_vs_fp16"]),
             ]
-        lines.append(f"| {name} | {cell['recipe']} | {' | '.join(figures)} | {word(cell)} |")
+        verdict = "not forgotten" if not_forgotten(cell) else word(cell)
+        lines.append(f"| {name} | {cell['recipe']} | {' | '.join(figures)} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
@@ -99,18 +102,113 @@ def terminal(document: dict[str, Any], file: IO[str]) -> None:
 
 
 def _figures(cell: dict[str, Any]) -> list[str]:
-    verdict = f"[{_COLOURS[cell['verdict']]}]{cell['verdict']}[/]"
     if "error" in cell:
-        return [""] * 8 + [verdict + " (failed)"]
+        return [""] * 8 + [_verdict(cell)]
     quality = cell["forget_quality"] or {}
     return [
         number(cell["forget"], 3),
         interval(cell["recovered_share"]).replace("[", "\\["),
         number(cell["forget_rouge"]),
         number(cell["retain"], 3),
-        number(cell["model_utility"]),
+        number(cell["model_utility"]["geometric"]),
         number(quality.get("log10_p"), 1),
         number(cell["size_vs_fp16"]),
         number(cell["times"]["decode_tokens_per_s"], 0),
-        verdict,
+        _verdict(cell),
     ]
+
+
+def show_axis(document: dict[str, Any], file: IO[str]) -> None:
+    """Print the runs of an axis side by side (axes.py)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, width=None if file.isatty() else 150)
+    table = Table("requests", "rows", "model", "recipe", title=document["axis"], title_justify="left")
+    for column in ("forget P", "recovered [95%]", "retain P", "utility"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for run in document["runs"]:
+        table.add_section()
+        for i, cell in enumerate(run["cells"]):
+            head = [str(run["requests"]), str(run["forget_rows"])] if i == 0 else ["", ""]
+            figures = [
+                number(cell["forget"], 3),
+                interval(cell["recovered_share"]).replace("[", "\\["),
+                number(cell["retain"], 3),
+                number((cell["model_utility"] or {}).get("geometric")),
+            ]
+            table.add_row(*head, label(cell["method"], cell["control"]), cell["recipe"], *figures, _verdict(cell))
+    console.print(table)
+
+
+def _verdict(cell: dict[str, Any]) -> str:
+    """Coloured; what was never forgotten is said so in place of its open verdict."""
+    text = "failed" if "error" in cell else "not forgotten" if not_forgotten(cell) else cell["verdict"]
+    return f"[{_COLOURS[cell['verdict']]}]{text}[/]"
+
+
+def show_logs(found: dict[str, Any], file: IO[str]) -> None:
+    """Print what `remanence logs` found (bench/logs.py)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, width=None if file.isatty() else 120, highlight=False)
+    table = Table("set", "rows", "probability", "ROUGE-L", *(f"truth ratio, {v}" for v in VARIANTS))
+    parts = dict(found["components"])
+    if "forget" in found:
+        parts["forget"] = found["forget"]
+    for name, part in parts.items():
+        ratios = part.get("truth_ratio", {})
+        figures = [part["probability"], part["rouge"], *(ratios.get(v) for v in VARIANTS)]
+        table.add_row(name, str(found["items"][name]), *(number(figure, 4) for figure in figures))
+    console.print(table)
+    for flag in found["flags"]:
+        console.print(f"collapsed? {flag}")
+    if found["missing"]:
+        console.print(f"model utility: not in the log: {', '.join(found['missing'])}")
+    else:
+        utility = ", ".join(f"{number(value, 4)} ({variant})" for variant, value in found["model_utility"].items())
+        console.print(f"model utility: {utility}")
+    if quality := found.get("forget_quality"):
+        side = {-1: "below the oracle: the truth is still known", 0: "as the oracle's", 1: "above the oracle"}
+        console.print(
+            f"forget quality: p {quality['p']:.3g}, log10 p {number(quality['log10_p'])}, D {number(quality['d'], 4)}, "
+            f"truth ratios {side[quality['sign']]}"
+        )
+        if found["same_questions"] is False:
+            console.print("model and oracle were asked different questions: the test compares unlike sets")
+    else:
+        console.print("forget quality: needs --oracle")
+
+
+def show_evaluation(document: dict[str, Any], file: IO[str]) -> None:
+    """Print what `remanence evaluate` found: a line for each figure, a column for each model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    models = [name for name in ("model", "target", "oracle") if name in document]
+    console = Console(file=file, width=None if file.isatty() else 120, highlight=False)
+    table = Table("measure", *models, title=document["data"]["name"], title_justify="left")
+    lines = {name: dict(_lines(document[name])) for name in models}
+    for measure in dict.fromkeys(key for found in lines.values() for key in found):
+        table.add_row(measure, *(lines[name].get(measure, "").replace("[", "\\[") for name in models))
+    console.print(table)
+
+
+def _lines(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every figure below `value` with its place; intervals on one line."""
+    if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
+        yield name, interval(value, 3)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _lines(part, f"{name} {key}".strip().replace("_", " "))
+    elif isinstance(value, list) and not any(isinstance(part, dict) for part in value):
+        yield name, ", ".join(map(str, value))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _lines({key: v for key, v in part.items() if key != "name"}, name)
+    elif isinstance(value, float):
+        yield name, number(value, 3) if value == 0 or abs(value) >= 0.0005 else f"{value:.2g}"
+    elif value is not None:
+        yield name, str(value)

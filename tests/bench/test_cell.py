@@ -4,11 +4,13 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from remanence.bench.cell import CellScores, measure_cell
+from remanence.bench.cell import CellScores, Measures, measure_cell
+from remanence.bench.distance import distance
 from remanence.bench.forgetting import evaluate
-from remanence.bench.survival import update_survival
+from remanence.bench.survival import survival
 from remanence.compress.checkpoint import save_model
 from remanence.compress.spec import DENSE, parse_recipe
 from remanence.compress.walk import quantize_
@@ -20,12 +22,13 @@ RECIPE = parse_recipe("rtn-w4a16-g16")
 
 @pytest.fixture(scope="module")
 def saved(memorized, tmp_path_factory):
-    """Directories of target and of a model a little away from it."""
+    """Directories of target, oracle, and of a model a little away from the target."""
     folder = tmp_path_factory.mktemp("models")
     model = copy.deepcopy(memorized.target)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight += 0.05
     save_model(memorized.target, memorized.tokenizer, folder / "target")
+    save_model(memorized.oracle, memorized.tokenizer, folder / "oracle")
     save_model(model, memorized.tokenizer, folder / "npo")
     return folder
 
@@ -43,7 +46,9 @@ def corpus(memorized):
 def measured(saved, corpus, tmp_path_factory, one_thread):  # noqa: ARG001
     scratch = tmp_path_factory.mktemp("scratch")
     cells = {
-        (model, recipe.name): measure_cell(saved / model, saved / "target", recipe, corpus, scratch)
+        (model, recipe.name): measure_cell(
+            saved / model, saved / "target", recipe, corpus, scratch, Measures(saved / "oracle", ("forms",), demo=True)
+        )
         for model in ("target", "npo")
         for recipe in (DENSE, RECIPE)
     }
@@ -61,6 +66,9 @@ def test_scores_are_those_of_the_model(measured, memorized, corpus):
     cell = CellScores("target", "baseline", DENSE, json.loads(json.dumps(measured["target", "dense"])))
     assert cell.error is None
     assert cell.scores("forget") == evaluate(memorized.target, memorized.encoder, EvalSet(corpus.forget))
+    assert cell.scores("holdout") == evaluate(
+        memorized.target, memorized.encoder, EvalSet(corpus.holdout), generate=False
+    )
     assert list(cell.utility()) == list(corpus.utility)
     for name, items in corpus.utility.items():
         assert cell.utility()[name] == evaluate(memorized.target, memorized.encoder, items)
@@ -72,8 +80,8 @@ def test_scores_are_those_of_the_quantized_model(measured, memorized, corpus):
     cell = CellScores("target", "baseline", RECIPE, measured["target", RECIPE.name])
     assert cell.scores("forget") == evaluate(model, memorized.encoder, EvalSet(corpus.forget))
     assert (
-        cell.scores("forget").probability
-        != CellScores("t", None, DENSE, measured["target", "dense"]).scores("forget").probability
+        cell.scores("forget").items.probability
+        != CellScores("t", None, DENSE, measured["target", "dense"]).scores("forget").items.probability
     )
 
 
@@ -91,15 +99,51 @@ def test_sizes(measured, memorized):
 
 
 def test_update_survival_is_against_the_target(measured, saved):
+    from dataclasses import asdict
+
     from remanence.compress.checkpoint import load_model
 
-    assert measured["target", "dense"]["update_survival"] == {"changed": 0.0, "norm": None}
+    assert measured["target", "dense"]["update_survival"]["total"]["changed"] == 0.0
     model, target = load_model(saved / "npo"), load_model(saved / "target")
     for recipe in (DENSE, RECIPE):
         found = measured["npo", recipe.name]["update_survival"]
-        expected = update_survival(model, target, recipe)
-        assert found == {"changed": expected.changed, "norm": expected.norm}
-        assert math.isfinite(found["norm"])
+        assert found == asdict(survival(model, target, recipe))
+        assert math.isfinite(found["total"]["norm"])
+
+
+def test_distance_is_to_the_oracle_as_it_is(measured, memorized, corpus):
+    pairs = [(row.question, row.answer) for row in corpus.forget]
+    expected = distance(memorized.target, memorized.oracle, memorized.encoder, pairs)
+    found = measured["target", "dense"]["distance"]
+    assert found["js"] == pytest.approx(expected.js, rel=1e-5)
+    assert np.array(found["hidden"]) == pytest.approx(np.array(expected.hidden), rel=1e-5)
+    assert sum(found["js"]) > 0.1 * len(pairs)
+
+
+def test_what_is_measured_besides(measured):
+    cell = measured["target", "dense"]
+    assert cell["flags"] == []
+    assert cell["health"]["answers"] == 5
+    assert cell["muse"]["verbmem_f"] > 0.8
+    assert cell["muse"]["shots"] == 0, "a demo model never saw any"
+    assert cell["muse"]["knowmem_f"] == cell["muse"]["verbmem_f"]
+    assert cell["muse"]["knowmem_r"] > 0.8
+    assert {found["measure"] for found in cell["pressures"]["forms"]} >= {"probability", "rouge", "choice"}
+
+
+def test_a_model_whose_weights_are_not_numbers_is_measured_and_flagged(saved, memorized, corpus, tmp_path):
+    model = copy.deepcopy(memorized.target)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+    save_model(model, memorized.tokenizer, tmp_path / "broken")
+    (tmp_path / "scratch").mkdir()
+    cell = measure_cell(tmp_path / "broken", saved / "target", DENSE, corpus, tmp_path / "scratch")
+    json.dumps(cell, allow_nan=False)
+    assert cell["update_survival"] is None
+    assert "logits are not numbers" in cell["flags"]
+    assert max(CellScores("x", None, DENSE, cell).scores("forget").items.probability) < 0.01
+    packed = measure_cell(tmp_path / "broken", saved / "target", RECIPE, corpus, tmp_path / "scratch")
+    assert "NaN or infinity" in packed["error"]
 
 
 @pytest.mark.parametrize("model", ["target", "npo"])
@@ -127,3 +171,12 @@ def test_impossible_weights_are_an_error_that_names_the_layer(saved, memorized, 
 
 def test_error_of_a_cell():
     assert CellScores("npo", None, RECIPE, {"error": "no"}).error == "no"
+
+
+def test_shots_for_models_that_are_no_demo(memorized, corpus):
+    from remanence.bench.cell import measure
+
+    found = measure(memorized.target, memorized.encoder, corpus, Measures())["muse"]
+    assert found["shots"] >= 1, "as many as fit"
+    assert len(found["items"]["knowmem_r"]) <= len(corpus.utility["retain"].rows)
+    assert found["knowmem_f"] != found["verbmem_f"]

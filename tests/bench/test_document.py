@@ -2,12 +2,16 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from remanence.bench.cell import CellScores
 from remanence.bench.document import EXAMPLES, build_document
-from remanence.bench.forgetting import forget_quality, harmonic_mean, mean
+from remanence.bench.pressures.pressed import Pressed
+from remanence.bench.privacy import auc, auc_interval, privleak
+from remanence.bench.survival import WeightSurvival
+from remanence.bench.tofu import VARIANTS, Items, forget_quality, forget_truth_ratio, harmonic_mean, mean, model_utility
 from remanence.compress.spec import DENSE, parse_recipe
 from remanence.unlearn.people import people_corpus
 
@@ -26,23 +30,58 @@ LEVELS = {
 
 def scores(rows, level, seed, ratio):
     rng = np.random.default_rng([seed, round(100 * level)])
+    near = lambda mean, spread: np.clip(rng.normal(mean, spread, len(rows)), 1e-3, 1)  # noqa: E731
+    nll = -np.log(near(level, 0.02))
+    wrong = [[float(b - math.log(ratio) - rng.normal(0, 0.1))] * 5 for b in nll]
     return {
-        "probability": np.clip(rng.normal(level, 0.02, len(rows)), 0, 1).tolist(),
-        "rouge": np.clip(rng.normal(level, 0.02, len(rows)), 0, 1).tolist(),
-        "truth_ratio": np.exp(rng.normal(math.log(ratio), 0.1, len(rows))).tolist(),
+        "nll": nll.tolist(),
+        "base_nll": nll.tolist(),
+        "wrong_nll": wrong,
+        "rouge": near(level, 0.02).tolist(),
+        "choices": False,
         "answers": [row.answer if level > 0.5 else "no idea" for row in rows],
+        "extraction_strength": near(level, 0.1).tolist(),
+        "exact_memorisation": near(level, 0.1).tolist(),
+        "attacks": {name: rng.normal(level, 0.1, len(rows)).tolist() for name in ("loss", "min_k")},
+        "entropy": 0.5,
+        "vocabulary": 1000,
+        "finite": True,
     }
+
+
+def probability(part):
+    return np.exp(-np.array(part["nll"])).tolist()
+
+
+def items(part):
+    return Items(*(part[name] for name in Items.__dataclass_fields__))
+
+
+SURVIVAL = WeightSurvival(100, 0.9, 0.25, 0.3, 0.25, 0.1, 0.2, 0.5, 0.6, 0.3, 0.1, 0.1)
 
 
 def measured(level, retain=0.9):
     sets = {"forget": scores(CORPUS.forget, level, 1, 0.1 if level > 0.5 else 1.2)}
-    for number, (name, items) in enumerate(CORPUS.utility.items()):
-        sets[name] = scores(items.rows, retain, 2 + number, 0.2)
+    for number, (name, found) in enumerate(CORPUS.utility.items()):
+        sets[name] = scores(found.rows, retain, 2 + number, 0.2)
+    sets["holdout"] = scores(CORPUS.holdout, 0.1, 9, 1.2)
+    pressed = Pressed("relearning", "probability", [level] * 4, {"10 steps": [level + 0.01 * i for i in range(4)]})
     return {
         "sets": sets,
+        "health": {"entropy": 3.0, "repetition": 0.1, "empty": 0.0, "entropy_items": [3.0], "repetition_items": [0.1]},
+        "flags": [],
+        "muse": {"verbmem_f": level, "knowmem_f": level / 2, "knowmem_r": 0.9, "privleak": None, "items": {}},
+        "distance": {
+            "oracle_to_model": [level, 0.2],
+            "model_to_oracle": [0.1, 0.3],
+            "js": [level, level],
+            "output": [0.5, 0.7],
+            "hidden": [[0.1, 0.3], [0.5, 0.7]],
+        },
+        "pressures": {"relearning": [asdict(pressed)], "early-exit": "guarded"},
         "parameters": 1000,
         "size_bytes": 1500,
-        "update_survival": {"changed": 0.25, "norm": None},
+        "update_survival": {"total": asdict(SURVIVAL) | {"survival": 1 - level}, "layers": {}, "by_module": {}},
         "decode": {"tokens_per_s": 50.0, "spread": 0.1, "repeats": 3, "new_tokens": 32, "peak_memory_bytes": 4096},
         "measured_s": 1.5,
     }
@@ -83,7 +122,7 @@ def test_data(document):
         "sha256": CORPUS.digest(),
         "forget": 20,
         "retain": len(CORPUS.retain),
-        "holdout": 20,
+        "holdout": len(CORPUS.holdout),
         "utility_sets": {name: len(items.rows) for name, items in CORPUS.utility.items()},
     }
 
@@ -97,7 +136,8 @@ def test_every_cell_in_order(document):
 def test_verdicts(document):
     verdicts = {(r["method"], r["recipe"]): r["verdict"] for r in document["cells"]}
     names = ("dense", RECIPE.name, OTHER.name)
-    assert [verdicts["target", name] for name in names] == ["returned"] * 3
+    assert [verdicts["target", name] for name in names] == ["undecided"] * 3
+    assert [r["unforgotten"] for r in document["cells"]] == [r["method"] == "target" for r in document["cells"]]
     assert [verdicts["oracle", name] for name in names] == ["held"] * 3
     assert [verdicts["npo", name] for name in names] == ["held", "returned", "held"]
     assert [verdicts["bucketed", name] for name in names] == ["held", "returned", "held"]
@@ -108,21 +148,33 @@ def test_numbers_of_a_cell(document):
     found = row(document, "npo", RECIPE.name)
     cell, oracle = measured(0.50), measured(0.11)
     forget = cell["sets"]["forget"]
-    assert found["forget"] == mean(forget["probability"])
+    assert found["forget"] == pytest.approx(mean(probability(forget)))
     assert found["forget_interval"]["low"] <= found["forget"] <= found["forget_interval"]["high"]
-    assert found["retain"] == mean(cell["sets"]["retain"]["probability"])
+    assert found["retain"] == pytest.approx(mean(probability(cell["sets"]["retain"])))
     assert found["forget_rouge"] == mean(forget["rouge"])
     assert found["retain_rouge"] == mean(cell["sets"]["retain"]["rouge"])
     assert found["forget_verbatim"] == 0.0
     assert row(document, "target", "dense")["forget_verbatim"] == 1.0
-    assert found["forget_truth_ratio"] == pytest.approx(np.mean([min(r, 1 / r) for r in forget["truth_ratio"]]))
-    nine = []
-    for name in CORPUS.utility:
-        part = cell["sets"][name]
-        nine += [mean(part["probability"]), mean(part["rouge"]), mean([max(0, 1 - r) for r in part["truth_ratio"]])]
-    assert found["model_utility"] == pytest.approx(harmonic_mean(nine))
-    expected = forget_quality(forget["truth_ratio"], oracle["sets"]["forget"]["truth_ratio"])
-    assert found["forget_quality"]["p_value"] == expected.p_value
+    for variant in VARIANTS:
+        assert found["truth_ratio"][variant] == forget_truth_ratio(items(forget), variant)
+        kept = {name: items(cell["sets"][name]) for name in CORPUS.utility}
+        assert found["model_utility"][variant] == model_utility(kept, variant)
+    nine = [value for parts in found["components"].values() for value in parts.values()]
+    assert len(nine) == 9
+    assert found["model_utility"]["geometric"] == pytest.approx(harmonic_mean(nine))
+    expected = forget_quality(items(forget).truth_ratio(), items(oracle["sets"]["forget"]).truth_ratio())
+    assert found["forget_quality"] == asdict(expected)
+    for name in ("extraction_strength", "exact_memorisation"):
+        assert found["memorisation"][name]["value"] == pytest.approx(mean(forget[name]))
+    holdout = cell["sets"]["holdout"]
+    assert found["privacy"]["loss"] == asdict(auc_interval(forget["attacks"]["loss"], holdout["attacks"]["loss"]))
+    aucs = [auc(*(c["sets"][s]["attacks"]["min_k"] for s in ("forget", "holdout"))) for c in (cell, oracle)]
+    assert found["muse"] == {"verbmem_f": 0.5, "knowmem_f": 0.25, "knowmem_r": 0.9, "privleak": privleak(*aucs)}
+    assert found["health"] == {"entropy": 3.0, "repetition": 0.1, "empty": 0.0}
+    assert found["distance"] == pytest.approx(
+        {"oracle_to_model": 0.35, "model_to_oracle": 0.2, "js": 0.5, "output": 0.6, "hidden": 0.4}
+    )
+    assert found["update_survival"]["survival"] == 0.5
     assert found["size_vs_fp16"] == 1500 / 2000
     assert found["peak_memory_bytes"] == 4096
     assert found["times"] == {"decode_tokens_per_s": 50.0, "decode_spread": 0.1, "measured_s": 1.5}
@@ -131,7 +183,7 @@ def test_numbers_of_a_cell(document):
 def test_shares_of_a_cell(document):
     found = row(document, "npo", RECIPE.name)
     levels = {"compressed": 0.50, "unlearned": 0.08, "baseline": 0.93, "oracle": 0.11}
-    level = {name: mean(measured(value)["sets"]["forget"]["probability"]) for name, value in levels.items()}
+    level = {name: mean(probability(measured(value)["sets"]["forget"])) for name, value in levels.items()}
     assert found["recovered_share"]["value"] == pytest.approx(
         (level["compressed"] - level["unlearned"]) / (level["baseline"] - level["unlearned"])
     )
@@ -143,6 +195,65 @@ def test_shares_of_a_cell(document):
     assert row(document, "target", RECIPE.name)["kept_share"]["value"] == pytest.approx(8 / 9, abs=0.01)
     for name in ("recovered_share", "known_share", "kept_share"):
         assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
+
+
+def test_pressures_of_a_cell(document):
+    found = row(document, "npo", RECIPE.name)["pressures"]
+    assert found["early-exit"] == {"error": "guarded"}
+    (relearning,) = found["relearning"]
+    assert (relearning["name"], relearning["measure"], relearning["before"]) == ("relearning", "probability", 0.5)
+    steps = relearning["variants"]["10 steps"]
+    assert steps["mean"] == pytest.approx(0.515)
+    assert steps["gain"]["value"] == pytest.approx(0.015)
+    assert steps["beyond_oracle"]["value"] == pytest.approx(0.0, abs=1e-12), "the oracle gains as much"
+    assert steps["reference"] is False
+
+
+def test_order_of_recipes(document):
+    """Predicted by the weights: 1 - survival, here the level itself; two compressed recipes are no order."""
+    assert document["survival"].keys() == {"npo", "bucketed"}
+    assert document["survival"]["npo"]["rho"] is None
+    third = parse_recipe("rtn-w3a16-g64")
+    more = [
+        *cells(),
+        *(CellScores(m, LEVELS[m][0], third, measured(LEVELS[m][1] + 0.1 * (m == "npo"))) for m in LEVELS),
+    ]
+    assert build_document(CORPUS, more, RECIPE.name, seed=0)["survival"]["npo"]["rho"] == pytest.approx(1.0)
+
+
+def test_unified_quality(document):
+    """The distance rises with the level here, so what falls with it weighs."""
+    found = document["quality"]
+    assert sum(found["weight"].values()) == pytest.approx(1)
+    assert found["weight"]["forget"] > 0.1 > found["weight"]["retain"]
+    scores = {(s["method"], s["recipe"]): s["score"] for s in found["score"]}
+    assert len(scores) == 9, "all cells but the oracle's"
+    assert max(scores, key=scores.get)[0] == "bucketed"
+    assert scores["npo", RECIPE.name] < scores["npo", "dense"]
+
+
+def test_collapsed_cells_are_damaged():
+    made = cells()
+    for cell in made:
+        if cell.model == "npo":
+            cell.measured["flags"] = ["uniform output"]
+    document = build_document(CORPUS, made, RECIPE.name, seed=0)
+    found = row(document, "npo", "dense")
+    assert (found["verdict"], found["reason"]) == ("damaged", "it collapsed: uniform output")
+    assert row(document, "npo", RECIPE.name)["verdict"] == "returned"
+
+
+def test_without_holdout_or_weights_that_are_numbers():
+    made = cells()
+    for cell in made:
+        cell.measured["update_survival"] = None
+        del cell.measured["sets"]["holdout"]
+    from dataclasses import replace
+
+    document = build_document(replace(CORPUS, holdout=()), made, RECIPE.name, seed=0)
+    json.dumps(document, allow_nan=False)
+    found = row(document, "npo", "dense")
+    assert (found["privacy"], found["update_survival"], found["muse"]["privleak"]) == (None, None, None)
 
 
 def test_controls(document):
@@ -209,30 +320,16 @@ def test_without_an_oracle():
     assert document["controls"]["positive"]["ok"]
 
 
-def test_forget_quality_without_a_finite_logarithm():
-    """700 rows without overlap have p = 0 in float64; JSON has no -Infinity."""
-    corpus = people_corpus(150, "forget99", seed=0)
-    made = []
-    for cell in cells():
-        forget = {key: (values * 37)[:740] for key, values in cell.measured["sets"]["forget"].items()}
-        sets = cell.measured["sets"] | {"forget": forget}
-        made.append(CellScores(cell.model, cell.control, cell.recipe, cell.measured | {"sets": sets}))
-    assert len(corpus.forget) == 740
-    document = build_document(corpus, made, RECIPE.name, seed=0)
-    json.dumps(document, allow_nan=False)
-    quality = row(document, "target", "dense")["forget_quality"]
-    assert (quality["p_value"], quality["log10_p"], quality["statistic"]) == (0.0, None, 1.0)
-
-
 def test_rows_without_wrong_answers():
     made = cells()
     for cell in made:
         for part in cell.measured["sets"].values():
-            part["truth_ratio"] = [None] * len(part["truth_ratio"])
+            part["wrong_nll"] = [[] for _ in part["nll"]]
     document = build_document(CORPUS, made, RECIPE.name, seed=0)
     json.dumps(document, allow_nan=False)
     for r in document["cells"]:
-        assert (r["forget_truth_ratio"], r["forget_quality"]) == (None, None)
+        assert (r["truth_ratio"], r["forget_quality"]) == (None, None)
+    assert document["quality"] is None
 
 
 def test_examples_are_of_different_people(document):

@@ -4,7 +4,20 @@ import math
 
 import numpy as np
 import pytest
-from remanence.bench.statistics import RESAMPLES, Interval, bootstrap_mean, bootstrap_share, resamples
+from remanence.bench.statistics import (
+    RESAMPLES,
+    TAIL,
+    Draws,
+    Interval,
+    bootstrap_mean,
+    bootstrap_share,
+    enough_resamples,
+    holm,
+    mean_draws,
+    resamples,
+    share_draws,
+)
+from scipy import stats
 
 
 def test_resamples_are_seeded_draws_with_replacement():
@@ -44,29 +57,100 @@ def test_share_interval_is_that_of_the_ratio_of_means():
     assert found.high == pytest.approx(share + half, abs=0.15 * half)
 
 
-def coverage(interval, truth, repetitions=200):
+def coverage(draw, interval, truth, repetitions=1000):
+    """Share of `repetitions` samples whose interval holds the truth."""
     rng = np.random.default_rng(11)
     hits = 0
     for repetition in range(repetitions):
-        found = interval(rng, repetition)
+        found = interval(*draw(rng), repetition)
         hits += found.low <= truth <= found.high
     return hits / repetitions
 
 
-def test_coverage_of_the_mean():
-    """95 % nominal; the percentile interval of 40 items falls a little short, 200 repetitions know it to 1.5 %."""
-    # Beta(0.5, 1.5): most probabilities near 0, some near 1, as after unlearning. Its mean is 1/4.
-    assert 0.90 <= coverage(lambda rng, seed: bootstrap_mean(rng.beta(0.5, 1.5, 40), seed), 0.25) <= 0.99
+def share_of_a_quarter(rng, items=40):
+    floor = rng.beta(1, 9, items)  # mean 0.1
+    whole = rng.beta(9, 1, items)  # mean 0.9
+    return floor + (whole - floor) * rng.beta(2, 6, items), floor, whole
 
 
-def test_coverage_of_the_share():
-    def interval(rng, seed):
-        floor = rng.beta(1, 9, 40)  # mean 0.1
-        whole = rng.beta(9, 1, 40)  # mean 0.9
-        part = floor + (whole - floor) * rng.beta(2, 6, 40)  # a share of 1/4, of its own for every item
-        return bootstrap_share(part, floor, whole, seed)
+# What known effects look like: symmetric, few items, most of it near 0 as after unlearning, yes or no.
+SAMPLES = {
+    "normal-40": (lambda rng: (rng.normal(0.4, 0.1, 40),), bootstrap_mean, 0.4),
+    "normal-10": (lambda rng: (rng.normal(0.4, 0.1, 10),), bootstrap_mean, 0.4),
+    "skewed-40": (lambda rng: (rng.beta(0.5, 1.5, 40),), bootstrap_mean, 0.25),
+    "yes-or-no-100": (lambda rng: ((rng.random(100) < 0.3).astype(float),), bootstrap_mean, 0.3),
+    "share-40": (share_of_a_quarter, bootstrap_share, 0.25),
+    "share-200": (lambda rng: share_of_a_quarter(rng, 200), bootstrap_share, 0.25),
+    "no-recovery-40": (
+        lambda rng: (lambda u: (u + rng.normal(0, 0.05, 40), u, u + rng.beta(9, 2, 40)))(rng.beta(1, 20, 40)),
+        bootstrap_share,
+        0.0,
+    ),
+}
 
-    assert 0.90 <= coverage(interval, 0.25) <= 0.99
+
+@pytest.mark.parametrize(("draw", "interval", "truth"), SAMPLES.values(), ids=SAMPLES)
+def test_coverage(draw, interval, truth):
+    """95% nominal; 1000 samples know it to 0.7%."""
+    assert 0.93 <= coverage(draw, interval, truth) <= 0.97
+
+
+@pytest.mark.parametrize("items", [5, 40, 1000])
+@pytest.mark.parametrize("limit", [0.3, 0.45, 0.5, 0.55, 0.7])
+def test_p_values_are_the_intervals_read_the_other_way(items, limit):
+    found = mean_draws(np.random.default_rng(items).normal(0.5, 0.2, items), seed=1)
+    interval = found.interval()
+    assert (found.p_below(limit) <= TAIL) == (interval.low > limit)
+    assert (found.p_above(limit) <= TAIL) == (interval.high < limit)
+
+
+def test_p_values_are_uniform_when_there_is_nothing():
+    """Of 1000 samples whose mean is the limit, 2.5% may say that it lies above."""
+    rng = np.random.default_rng(4)
+    p = [mean_draws(rng.normal(0.1, 0.1, 30), seed).p_below(0.1) for seed in range(1000)]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert 0.015 <= np.mean(np.array(p) <= TAIL) <= 0.037
+
+
+def test_p_value_is_that_of_student_for_many_items():
+    values = np.random.default_rng(2).normal(0.13, 0.1, 200)
+    expected = stats.ttest_1samp(values, 0.12, alternative="greater").pvalue
+    assert mean_draws(values, 0, 100_000).p_below(0.12) == pytest.approx(expected, rel=0.05)
+
+
+def test_one_item_proves_nothing():
+    found = mean_draws([0.9], 0)
+    assert (found.p_below(0.1), found.p_above(0.1)) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+def test_holm_is_the_textbook_one(count):
+    p = np.random.default_rng(count).uniform(0, 0.2, count)
+    order = np.argsort(p)
+    expected = np.empty(count)
+    expected[order] = np.maximum.accumulate(np.minimum(1, (count - np.arange(count)) * p[order]))
+    assert holm(p.tolist()) == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("family", [1, 5, 40])
+def test_resamples_suffice_for_the_family(family):
+    """What no resample contradicts is still significant after the correction."""
+    found = Draws(1.0, np.ones(enough_resamples(family)), 40)
+    assert holm([found.p_below(0.1)] * family)[0] <= TAIL
+
+
+def test_share_without_a_gap_in_some_resamples_is_unbounded():
+    """Gap +1 on one item, -0.9 on the other: a quarter of the resamples each way, whose shares say nothing."""
+    found = share_draws([0.5, 0.5], [0.0, 0.9], [1.0, 0.0], seed=0)
+    assert np.isinf(found.draws).mean() == pytest.approx(0.25, abs=0.03)
+    assert found.interval() == Interval(pytest.approx(1.0), -math.inf, math.inf)
+    assert found.p_below(0.1) > TAIL < found.p_above(0.1)
 
 
 def test_items_are_paired():
@@ -112,8 +196,8 @@ def test_value_lies_inside_even_for_few_items(items, seed):
     part, floor, whole = rng.uniform(0, 1, items), rng.uniform(0, 0.5, items), rng.uniform(0, 1, items)
     for found in (bootstrap_mean(part, seed), bootstrap_share(part, floor, whole, seed)):
         assert isinstance(found, Interval)
+        assert math.isfinite(found.value)
         assert found.low <= found.value <= found.high
-        assert all(math.isfinite(number) for number in (found.low, found.value, found.high))
 
 
 def test_equal_values_have_no_width():
@@ -134,7 +218,15 @@ def test_no_gap_no_share():
         bootstrap_share([0.1, 0.2], [0.5, 0.25], [0.25, 0.5], seed=0)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_nothing_has_no_mean():
-    with pytest.raises(ValueError):  # noqa: PT011 (numpy's words)
-        bootstrap_mean([], 0)
+@pytest.mark.parametrize("call", [bootstrap_mean, mean_draws])
+def test_nothing_has_no_mean(call):
+    with pytest.raises(ValueError, match="values: none; at least one is needed"):
+        call([], 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_is_named(bad):
+    with pytest.raises(ValueError, match=f"values: item 2 is {bad}; every score must be a number"):
+        bootstrap_mean([0.1, 0.2, bad], 0)
+    with pytest.raises(ValueError, match="floor: item 1"):
+        bootstrap_share([0.1, 0.2], [0.0, bad], [1.0, 1.0], 0)

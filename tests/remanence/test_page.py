@@ -13,6 +13,10 @@ from remanence.page import html
 RECIPES = ("dense", "rtn-w4a16-g64")
 
 
+def share_of(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
 def cell(method, recipe, control=None, verdict="held", share=(0.0, 0.0, 0.0), **changes):
     """A measured cell as bench/document.py writes it."""
     value, low, high = share
@@ -22,6 +26,7 @@ def cell(method, recipe, control=None, verdict="held", share=(0.0, 0.0, 0.0), **
         "control": control,
         "verdict": verdict,
         "reason": f"why {method} {recipe}",
+        "unforgotten": False,
         "forget": 0.04,
         "forget_interval": {"value": 0.04, "low": 0.02, "high": 0.07},
         "retain": 0.98,
@@ -30,11 +35,18 @@ def cell(method, recipe, control=None, verdict="held", share=(0.0, 0.0, 0.0), **
         "kept_share": {"value": 0.99, "low": 0.98, "high": 1.0},
         "forget_rouge": 0.3,
         "forget_verbatim": 0.0,
-        "forget_truth_ratio": 0.4,
+        "truth_ratio": {"geometric": 0.4, "arithmetic": 0.5, "prob": 0.6},
         "retain_rouge": 0.99,
-        "model_utility": 0.93,
-        "forget_quality": {"p_value": 0.4, "log10_p": -0.4, "statistic": 0.2, "shift": "higher"},
-        "update_survival": {"changed": 0.9, "norm": 1.5},
+        "model_utility": {"geometric": 0.93, "arithmetic": 0.9, "prob": 0.8},
+        "forget_quality": {"p": 0.4, "log10_p": -0.4, "d": 0.2, "sign": 1},
+        "memorisation": {"extraction_strength": share_of(0.21), "exact_memorisation": share_of(0.43)},
+        "privacy": {"loss": share_of(0.52), "min_k": share_of(0.56)},
+        "muse": {"verbmem_f": 0.31, "knowmem_f": 0.32, "knowmem_r": 0.97, "privleak": -12.5},
+        "health": {"entropy": 3.3, "repetition": 0.02, "empty": 0.0},
+        "flags": [],
+        "distance": {"oracle_to_model": 0.11, "model_to_oracle": 0.12, "js": 0.05, "output": 0.2, "hidden": 0.3},
+        "pressures": {},
+        "update_survival": {"changed_codes": 0.9, "norm": 1.5, "survival": 0.7},
         "size_bytes": 3226704,
         "size_vs_fp16": 0.8,
         "peak_memory_bytes": 3389324,
@@ -52,7 +64,7 @@ def document(audited=("npo",), controls=("baseline", "negative", "positive")):
     """`audited` models that hold, and the controls asked for, all as they should be."""
     cells = []
     for recipe in RECIPES:
-        cells.append(cell("target", recipe, "baseline", "returned", (1, 1, 1), forget=0.99))
+        cells.append(cell("target", recipe, "baseline", "undecided", (1, 1, 1), forget=0.99, unforgotten=True))
         if "negative" in controls:
             cells.append(cell("oracle", recipe, "negative"))
         cells += [cell(name, recipe) for name in audited]
@@ -60,7 +72,7 @@ def document(audited=("npo",), controls=("baseline", "negative", "positive")):
     cells.append(cell("bucketed", "rtn-w4a16-g64", "positive", "returned", (1, 1, 1), forget=0.99))
     answers = [{"method": c["method"], "recipe": c["recipe"], "answer": f"{c['method']} says"} for c in cells]
     return {
-        "schema": "remanence.audit/1",
+        "schema": "remanence.audit/2",
         "environment": {
             "remanence": "0.1.0",
             "python": "3.11.7",
@@ -76,6 +88,8 @@ def document(audited=("npo",), controls=("baseline", "negative", "positive")):
         "data": {"name": "people80", "sha256": "ab" * 32, "forget": 40, "retain": 408, "holdout": 40},
         "controls": {name: {"ok": True, "detail": f"{name} detail"} for name in controls},
         "cells": cells,
+        "survival": {"npo": {"rho": 0.9, "p": 0.04, "n": 5, "reason": None}},
+        "quality": None,
         "examples": [{"question": "Who?", "truth": "She", "answers": answers}],
         "times": {"started": "2026-11-21T06:09:24Z", "wall_s": 275.4},
     }
@@ -102,7 +116,8 @@ class Tables(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if tag == "table":
-            self.rows = self.tables.setdefault(attrs["class"].split()[0], [])
+            self.rows = []
+            self.tables.setdefault(attrs["class"].split()[0], []).append(self.rows)
         elif tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
@@ -120,14 +135,14 @@ class Tables(HTMLParser):
 
 def matrix(page):
     """(model, recipe) -> (class, title, text) of the verdict matrix."""
-    rows = Tables(page).tables["matrix"]
+    (rows,) = Tables(page).tables["matrix"]
     recipes = [text.strip() for _, _, text in rows[0][1:]]
     return {(row[0][2].split()[0], recipe): c for row in rows[1:] for recipe, c in zip(recipes, row[1:])}
 
 
-def figures(page, recipe):
-    """Texts of the first line of the full table for `recipe`."""
-    rows = Tables(page).tables["full"]
+def figures(page, recipe, table=0):
+    """Texts of the first line for `recipe` in one of the full tables."""
+    rows = Tables(page).tables["full"][table]
     return [text.strip() for _, _, text in next(row for row in rows if recipe in row[0][2])]
 
 
@@ -198,7 +213,7 @@ def test_every_verdict_stands_in_its_cell():
 
 def test_controls_stand_apart_and_are_named():
     page = html(document())
-    order = [row[0][2].split() for row in Tables(page).tables["matrix"][1:]]
+    order = [row[0][2].split() for row in Tables(page).tables["matrix"][0][1:]]
     assert [words[0] for words in order] == ["audited", "npo", "controls", "target", "oracle", "bucketed"]
     assert order[3] == ["target", "baseline"]
     assert order[4] == ["oracle", "negative", "control"]
@@ -231,19 +246,80 @@ def test_failed_cells_say_why(method):
 
 def test_gaps_are_dashes():
     doc = document()
-    change(doc, "npo", "rtn-w4a16-g64", forget_quality=None, known_share=None, forget_truth_ratio=None)
-    change(doc, "npo", "rtn-w4a16-g64", update_survival={"changed": 0.0, "norm": None}, peak_memory_bytes=None)
-    texts = figures(html(doc), "rtn-w4a16-g64")
+    gaps = dict.fromkeys(("forget_quality", "known_share", "truth_ratio", "update_survival", "privacy", "distance"))
+    muse = {"verbmem_f": 0.31, "knowmem_f": None, "knowmem_r": None, "privleak": None}
+    change(doc, "npo", "rtn-w4a16-g64", **gaps, peak_memory_bytes=None, kept_share=None, muse=muse)
+    page = html(doc)
+    texts = figures(page, "rtn-w4a16-g64")
     assert texts[4:8] == ["–", "–", "–", "–"]
-    assert texts[12] == "–"
-    assert texts[15] == "–"
-    assert "None" not in html(doc)
+    assert texts[10:14] == ["–"] * 4
+    assert texts[16] == "–"
+    assert figures(page, "rtn-w4a16-g64", 1)[3:12] == ["–", "–", "–", "0.31", "–", "–", "–", "–", "–"]
+    assert "None" not in page
 
 
-def test_a_p_value_below_every_float_is_said_to_be():
+def test_forget_quality_and_what_is_measured_besides():
     doc = document()
-    change(doc, "npo", "dense", forget_quality={"p_value": 0, "log10_p": None, "statistic": 1, "shift": "lower"})
-    assert figures(html(doc), "dense")[6:8] == ["< −300", "1.00 lower"]
+    change(doc, "npo", "dense", forget_quality={"p": 0, "log10_p": -419.6, "d": 1, "sign": -1})
+    assert figures(html(doc), "dense")[6:8] == ["−419.6", "1.00 lower"]
+    assert figures(html(doc), "dense", 1)[1:] == [
+        *("0.21 [0.11, 0.31]", "0.43", "0.52", "0.56", "−12.5", "0.31", "0.32", "0.97"),
+        *("0.11", "0.05", "0.30", "3.30", "0.02", "0.00"),
+    ]
+    assert "ρ = 0.90 over 5 recipes (p 0.040)" in html(doc)
+
+
+def test_what_was_never_forgotten_is_called_so():
+    cells = matrix(html(document()))
+    class_, _, text = cells["target", "dense"]
+    assert class_ == "undecided"
+    assert text.split()[:3] == ["○", "not", "forgotten"]
+    assert "undecided" not in text
+    assert "held" in cells["npo", "dense"][2]
+
+
+def test_signs_of_a_collapse_are_shown():
+    doc = document()
+    change(doc, "npo", "dense", flags=["uniform output", "empty answers"])
+    assert "signs of a collapse: uniform output, empty answers" in html(doc)
+
+
+def test_pressures():
+    doc = document()
+    assert "Under pressure" not in html(doc)
+    variant = {"mean": 0.4, "gain": share_of(0.36), "beyond_oracle": share_of(0.3), "reference": False}
+    told = {"mean": 0.9, "gain": share_of(0.86), "beyond_oracle": None, "reference": True}
+    found = {
+        "name": "in-context",
+        "measure": "probability",
+        "before": 0.04,
+        "variants": {"other facts": variant, "the answer": told},
+        "skipped": {"many facts": "the prompt is too long"},
+    }
+    change(doc, "npo", "dense", pressures={"in-context": [found], "relearning": {"error": "guarded"}})
+    page = html(doc)
+    rows = [[" ".join(t.split()) for _, _, t in row] for row in Tables(page).tables["full"][2][1:]]
+    head = ["dense", "in-context, probability"]
+    assert rows == [
+        [*head, "other facts", "0.040", "0.400", "0.360 [0.260, 0.460]", "0.300 [0.200, 0.400]"],
+        [*head, "the answer", "0.040", "0.900", "0.860 [0.760, 0.960]", "–"],
+        [*head, "many facts: skipped: the prompt is too long"],
+        ["dense", "relearning", "guarded"],
+    ]
+    assert "<em>the answer</em>" in page
+
+
+def test_unified_quality():
+    doc = document()
+    doc["quality"] = {
+        "weight": {"forget": 0.75, "retain": 0.25, "forget_rouge": 0.0},
+        "rho": {},
+        "stability": {"tau": 0.61, "deviation": 0.2, "draws": 10},
+        "score": [{"method": m, "recipe": "dense", "score": s} for m, s in (("a", 0.1), ("npo", 0.9), ("b", 0.5))],
+    }
+    text = " ".join(html(doc).split())
+    assert "forget 0.75, retain 0.25; under random weights the ranking keeps Kendall's τ 0.61 ± 0.20" in text
+    assert text.index("<bdi>npo</bdi> dense 0.90") < text.index("<bdi>b</bdi> dense 0.50")
 
 
 def test_no_oracle():
@@ -267,7 +343,7 @@ def test_no_negative_zero():
     doc = document()
     for item in doc["cells"]:
         item.update(recovered_share={**tiny, "of": "unlearned..baseline"}, known_share=tiny, forget_interval=tiny)
-        item["forget_quality"] = {"p_value": 1.0, "log10_p": -0.0, "statistic": -0.0, "shift": "none"}
+        item["forget_quality"] = {"p": 1.0, "log10_p": -0.0, "d": -0.0, "sign": 0}
         item["forget"] = -0.0
     page = html(doc)
     assert not re.search(r"[-−]0(\.0+)?(?![\d.])", re.sub(r"<style>.*?</style>", "", page, flags=re.S))
@@ -334,7 +410,7 @@ def test_headlines():
     change(doc, "b", "rtn-w4a16-g64", verdict="returned")
     said = "1 of 2 audited methods held under every recipe; b returned under rtn-w4a16-g64."
     assert headline(html(doc)) == said
-    change(doc, "a", "dense", verdict="returned")
+    change(doc, "a", "dense", verdict="undecided", unforgotten=True)
     assert "a had not forgotten even before compression" in headline(html(doc))
     assert headline(html(document(audited=["a"]))) == "a held under every recipe."
     assert headline(html(document(audited=[]))).startswith("No method was audited")
@@ -366,7 +442,7 @@ def test_a_failed_control_comes_first():
 def test_identical_answers_stand_together_and_the_true_one_is_marked():
     doc = document()
     answer(doc, "bucketed", "rtn-w4a16-g64", " She ")
-    rows = [[" ".join(text.split()) for _, _, text in row] for row in Tables(html(doc)).tables["answers"]]
+    rows = [[" ".join(text.split()) for _, _, text in row] for row in Tables(html(doc)).tables["answers"][0]]
     assert ["npo", "npo says", "every recipe"] in rows
     assert ["bucketed positive control", "bucketed says", "dense"] in rows
     assert ["She = true answer", "rtn-w4a16-g64"] in rows

@@ -1,0 +1,127 @@
+"""`remanence evaluate`: every measure of one model, as it is, beside the oracle's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .bench.cell import Measures, measure
+from .bench.figures import figures
+from .bench.harness import harness
+from .bench.muse import muse_scores
+from .bench.perplexity import perplexity, wikitext
+from .bench.probes import ChoiceAccuracy, choice_accuracy, knowledge_beside_perplexity
+from .bench.tofu import mean
+from .compress.checkpoint import load_model, load_tokenizer, max_length
+from .unlearn.adapters import base_directory, with_adapter
+from .unlearn.data import Corpus
+from .unlearn.encode import Encoder
+from .unlearn.inference.store import attach
+from .unlearn.muse import muse_data
+
+SCHEMA = "remanence.evaluation/1"
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is measured beyond the corpus.
+
+    pressures    names from bench/pressures
+    text         a file or directory of running text for the perplexity, "wikitext" for the hub's WikiText-2, or None
+    tasks        of lm-evaluation-harness, on `limit` documents each (None: all)
+    include_path    a directory with task definitions of one's own
+    """
+
+    pressures: tuple[str, ...] = ()
+    text: str | None = None
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: int | None = None
+
+
+def evaluate(
+    model: str, target: str | None, oracle: str | None, corpus: Corpus, extras: Extras, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the figures, per-item values) of the model in directory (or hub id) `model`, adapter and guard included.
+
+    target   the model before it forgot: what was lost of its knowledge is set beside what its perplexity lost
+    oracle   the model that never saw the forget set: forget quality, PrivLeak, distance, pressures are against it
+
+    Raises ValueError for a model or text that cannot be measured, ModuleNotFoundError for tasks without lm-eval.
+    """
+    measures = Measures(oracle=oracle, pressures=extras.pressures, seed=seed)
+    found: dict[str, Any] = {}
+    paths = {"model": model, "target": target, "oracle": oracle}
+    for name, path in paths.items():
+        if path is not None:
+            network, encoder = _loaded(path)
+            found[name] = measure(network, encoder, corpus, measures) | _beside(network, encoder, corpus, extras)
+    documents = {
+        name: figures(corpus, values, found.get("oracle"), seed) | _figures_beside(values, found.get("target"), seed)
+        for name, values in found.items()
+    }
+    data = {"name": corpus.name, "sha256": corpus.digest(), "forget": len(corpus.forget)}
+    return {"schema": SCHEMA, "data": data, **documents}, found
+
+
+def evaluate_muse(
+    model: str, oracle: str | None, name: str, directory: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the figures, per-item values) on MUSE's own evaluation sets."""
+    data = muse_data(name, directory)
+    auc = None
+    found = {}
+    for who, path in {**({"oracle": oracle} if oracle else {}), "model": model}.items():
+        network, encoder = _loaded(path)
+        found[who] = muse_scores(network, encoder, data, auc)
+        auc = found[who]["auc"]
+    documents = {who: {key: value for key, value in scores.items() if key != "items"} for who, scores in found.items()}
+    return {"schema": SCHEMA, "data": {"name": name}, **documents}, found
+
+
+def _loaded(path: str) -> tuple[PreTrainedModel, Encoder]:
+    base = base_directory(path)
+    tokenizer = load_tokenizer(base)
+    network = attach(with_adapter(load_model(base), path), tokenizer, base)
+    return network, Encoder(tokenizer, max_length(network))
+
+
+def _beside(network: PreTrainedModel, encoder: Encoder, corpus: Corpus, extras: Extras) -> dict[str, Any]:
+    """Perplexity, knowledge probes, tasks; null where not asked for or not to be had."""
+    text = None if extras.text is None else wikitext(None if extras.text == "wikitext" else Path(extras.text))
+    compared = [row for items in corpus.utility.values() for row in items.rows if row.perturbed_answers]
+    return {
+        "perplexity": None if text is None else asdict(perplexity(network, encoder.tokenizer, text)),
+        "probes": asdict(choice_accuracy(network, encoder, compared)) if compared else None,
+        "tasks": _tasks(network, encoder, extras) if extras.tasks else None,
+    }
+
+
+def _figures_beside(values: dict[str, Any], target: dict[str, Any] | None, seed: int) -> dict[str, Any]:
+    text, probed = values["perplexity"], values["probes"]
+    found: dict[str, Any] = {
+        "perplexity": None if text is None else {key: v for key, v in text.items() if not isinstance(v, list)},
+        "probes": None,
+        "knowledge": None,
+        "tasks": values["tasks"],
+    }
+    if probed is not None:
+        probes = ChoiceAccuracy(**probed)
+        found["probes"] = {
+            "normalised": asdict(probes.interval()),
+            "raw": asdict(probes.interval(normalised=False)),
+            "chance": mean(probes.chance),
+            "rows": len(probes.rows),
+        }
+        if target is not None and text is not None:
+            before = target["perplexity"]["value"], ChoiceAccuracy(**target["probes"])
+            found["knowledge"] = asdict(knowledge_beside_perplexity(text["value"], before[0], probes, before[1], seed))
+    return found
+
+
+def _tasks(network: PreTrainedModel, encoder: Encoder, extras: Extras) -> dict[str, Any]:
+    found = harness(network, encoder.tokenizer, extras.tasks, extras.limit, include_path=extras.include_path)
+    return {task: {metric: asdict(score) for metric, score in metrics.items()} for task, metrics in found.items()}

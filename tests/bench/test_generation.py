@@ -1,0 +1,116 @@
+"""Greedy decoding in batches, against one token after the other."""
+
+import copy
+
+import pytest
+import torch
+from remanence.bench.generation import answer_questions, continuations, greedy
+from remanence.unlearn.data import QA
+from remanence.unlearn.encode import Encoder
+from transformers import GenerationConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plainly(model, encoder, prompt, most):
+    """One token after the other, the whole text anew each time, no cache and no padding."""
+    answer = []
+    while len(answer) < most:
+        with torch.no_grad():
+            best = model(torch.tensor([prompt + answer])).logits[0, -1].argmax().item()
+        if best == encoder.tokenizer.eos_token_id:
+            break
+        answer.append(best)
+    return answer
+
+
+def said(model, encoder, question, most):
+    ids = plainly(model, encoder, encoder.prompt_ids(question), most)
+    return encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@pytest.fixture
+def mixed(memorized):
+    """Rows of unlike length: known and unknown."""
+    corpus = memorized.corpus
+    return (*corpus.retain[-5:], *corpus.forget, *corpus.holdout[:3])
+
+
+def limit(encoder, rows):
+    """As documented: the longest true answer and a quarter, at least four tokens more."""
+    longest = max(len(encoder.tokenizer(" " + row.answer)["input_ids"]) for row in rows)
+    return longest + max(4, longest // 4)
+
+
+@pytest.mark.parametrize("who", ["target", "oracle"])
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_generated_answers_are_greedy_ones(memorized, mixed, who, batch_size):
+    model, encoder = getattr(memorized, who), memorized.encoder
+    answers = answer_questions(model, encoder, mixed, batch_size)
+    assert answers == [said(model, encoder, row.question, limit(encoder, mixed)) for row in mixed]
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2"])
+def test_left_padding_changes_no_answer(untrained, memorized, mixed, arch):
+    """Positions must not count the padding, for rotary, shifted and plain position embeddings."""
+    encoder = Encoder(memorized.tokenizer, 128)
+    model = untrained(arch, len(memorized.tokenizer))
+    answers = answer_questions(model, encoder, mixed, batch_size=5, most=8)
+    assert answers == [said(model, encoder, row.question, 8) for row in mixed]
+    assert len(set(answers)) > 1
+
+
+def test_room_for_answers_longer_than_the_true_ones(untrained, memorized):
+    """A quarter more than the longest true answer, so that a model that rambles is seen to."""
+    row = QA("Who?", "a long answer " * 8)
+    assert limit(memorized.encoder, [row]) > len(memorized.tokenizer(" " + row.answer)["input_ids"]) + 6
+    model = untrained("llama", len(memorized.tokenizer))
+    expected = said(model, memorized.encoder, row.question, limit(memorized.encoder, [row]))
+    assert answer_questions(model, memorized.encoder, [row], 1) == [expected]
+
+
+def test_generation_stays_within_the_models_positions(untrained, memorized):
+    row = QA("Who " * 20 + "?", "a long answer " * 6)
+    encoder = Encoder(memorized.tokenizer, len(memorized.encoder.prompt_ids(row.question)) + 3)
+    model = untrained("opt", len(memorized.tokenizer))
+    assert answer_questions(model, encoder, [row], 1) == [said(model, encoder, row.question, 3)]
+
+
+def test_tokenizer_without_padding_token(memorized, mixed):
+    tokenizer = copy.deepcopy(memorized.tokenizer)
+    tokenizer.pad_token = None
+    encoder = Encoder(tokenizer, memorized.config.max_length)
+    assert answer_questions(memorized.target, encoder, mixed, 4) == answer_questions(
+        memorized.target, memorized.encoder, mixed, 4
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_token_ids_in_the_order_given(memorized, mixed, batch_size):
+    prompts = [memorized.encoder.prompt_ids(row.question) for row in mixed]
+    found = greedy(memorized.oracle, memorized.tokenizer, prompts, 9, batch_size)
+    assert found == [plainly(memorized.oracle, memorized.encoder, prompt, 9) for prompt in prompts]
+
+
+def test_a_models_own_settings_are_not_used_and_stay(memorized, mixed):
+    model = copy.deepcopy(memorized.oracle)
+    expected = answer_questions(model, memorized.encoder, mixed)
+    own = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=5.0, num_beams=2)
+    model.generation_config = own
+    assert answer_questions(model, memorized.encoder, mixed) == expected
+    assert model.generation_config is own
+
+
+def test_no_prompts_and_empty_ones(memorized):
+    assert greedy(memorized.target, memorized.tokenizer, [], 3) == []
+    assert answer_questions(memorized.target, memorized.encoder, ()) == []
+    with pytest.raises(ValueError, match="prompts: number 1 has no tokens"):
+        greedy(memorized.target, memorized.tokenizer, [[5], []], 3)
+
+
+def test_prompt_without_room(memorized):
+    prompt = memorized.encoder.prompt_ids("Who?")
+    with pytest.raises(
+        ValueError, match=f"one is {len(prompt)} tokens; this model takes {len(prompt)} with its answer"
+    ):
+        continuations(memorized.target, Encoder(memorized.tokenizer, len(prompt)), [prompt], 3)
