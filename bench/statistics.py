@@ -46,18 +46,23 @@ class Draws:
 
     def p_below(self, limit: float) -> float:
         """One-sided p-value against "the truth is at most `limit`": small when it lies above."""
-        return self._p(int((self.draws <= limit).sum()))
+        return self._p(int((self.draws <= limit).sum()), self.value - limit)
 
     def p_above(self, limit: float) -> float:
         """One-sided p-value against "the truth is at least `limit`": small when it lies below."""
-        return self._p(int((self.draws >= limit).sum()))
+        return self._p(int((self.draws >= limit).sum()), limit - self.value)
 
-    def _p(self, count: int) -> float:
-        """From the share of draws on the wrong side; the inverse of `_share_of_draws`."""
+    def _p(self, count: int, distance: float) -> float:
+        """From the share of draws on the wrong side, the inverse of `_share_of_draws`; where there is none, no smaller
+        than Student's t has it for the distance in standard errors."""
         if self.items < 2:
             return 1.0
-        share = (count + 1) / (len(self.draws) + 1)
-        return float(t.cdf(norm.ppf(share) * ((self.items - 1) / self.items) ** 0.5, self.items - 1))
+        scale, free = ((self.items - 1) / self.items) ** 0.5, self.items - 1
+        p = float(t.cdf(norm.ppf((count + 1) / (len(self.draws) + 1)) * scale, free))
+        if count or not np.isfinite(self.draws).all():
+            return p
+        error = float(self.draws.std())
+        return min(p, float(t.cdf(-distance / error * scale, free))) if error else 0.0
 
 
 def _share_of_draws(tail: float, items: int) -> float:
@@ -66,20 +71,18 @@ def _share_of_draws(tail: float, items: int) -> float:
     return float(norm.cdf((items / (items - 1)) ** 0.5 * t.ppf(tail, items - 1)))
 
 
-def resamples(items: int, seed: int, count: int = RESAMPLES) -> NDArray[np.int64]:
-    """[count, items] item numbers drawn with replacement; the same for every quantity, so that they are paired."""
-    return np.random.default_rng(seed).integers(0, items, (count, items))
+def resamples(items: int, seed: int) -> NDArray[np.int64]:
+    """[RESAMPLES, items] item numbers drawn with replacement; the same for every quantity, so that they are paired."""
+    return np.random.default_rng(seed).integers(0, items, (RESAMPLES, items))
 
 
-def mean_draws(values: Sequence[float], seed: int, count: int = RESAMPLES) -> Draws:
+def mean_draws(values: Sequence[float], seed: int) -> Draws:
     """The mean of `values`; ValueError without any, or for one that is not finite (naming the item)."""
     v = _finite("values", values)
-    return Draws(float(v.mean()), v[resamples(len(v), seed, count)].mean(1), len(v))
+    return Draws(float(v.mean()), v[resamples(len(v), seed)].mean(1), len(v))
 
 
-def share_draws(
-    part: Sequence[float], floor: Sequence[float], whole: Sequence[float], seed: int, count: int = RESAMPLES
-) -> Draws:
+def share_draws(part: Sequence[float], floor: Sequence[float], whole: Sequence[float], seed: int) -> Draws:
     """(mean part - mean floor) / (mean whole - mean floor), items resampled jointly. 0: at the floor; 1: all of it.
 
     A resample without a gap, or with one of the other sign, says nothing of the share and counts as infinitely far
@@ -91,11 +94,11 @@ def share_draws(
     gap = float(w.mean() - f.mean())
     if gap == 0:
         raise ValueError("share: whole and floor have the same mean; there is no gap to take a share of")
-    index = resamples(len(p), seed, count)
+    index = resamples(len(p), seed)
     gaps = (w[index].mean(1) - f[index].mean(1)) * np.sign(gap)
     tops = (p[index].mean(1) - f[index].mean(1)) * np.sign(gap)
     usable = gaps > 0
-    far = np.where(np.arange(count) % 2 == 0, np.inf, -np.inf)
+    far = np.where(np.arange(RESAMPLES) % 2 == 0, np.inf, -np.inf)
     draws = np.where(usable, tops / np.where(usable, gaps, 1.0), far)
     return Draws(float(p.mean() - f.mean()) / gap, draws, len(p))
 
@@ -118,11 +121,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
-
-
-def enough_resamples(family: int) -> int:
-    """Draws for a family of that many questions: so many that the smallest p-value they can give survives `holm`."""
-    return max(RESAMPLES, 400 * family)
 
 
 def _finite(name: str, values: Sequence[float]) -> NDArray[np.float64]:

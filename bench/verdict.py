@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .statistics import TAIL, Draws, Interval, enough_resamples, holm, mean_draws, share_draws
+from .statistics import TAIL, Draws, Interval, holm, mean_draws, share_draws
 
 Word = Literal["held", "returned", "damaged", "undecided"]
 
@@ -76,7 +76,7 @@ def judge(cells: Sequence[Evidence], seed: int) -> list[Judgement]:
     undecided   the evidence allows either, or nothing was forgotten that could return
     Raises ValueError when lists that belong together differ in length.
     """
-    assays = [_assay(cell, seed, enough_resamples(len(cells))) for cell in cells]
+    assays = [_assay(cell, seed) for cell in cells]
     returned = holm([assay.p_returned for assay in assays])
     held = holm([assay.p_held for assay in assays])
     damaged = holm([assay.p_damaged for assay in assays])
@@ -116,7 +116,7 @@ class _Assay:
         return 1.0 if self.nothing or self.kept is None else self.kept.p_above(KEPT)
 
 
-def _assay(cell: Evidence, seed: int, count: int) -> _Assay:
+def _assay(cell: Evidence, seed: int) -> _Assay:
     forget = [cell.compressed, cell.unlearned, cell.baseline, cell.target]
     if cell.oracle is not None:
         forget.append(cell.oracle)
@@ -124,14 +124,14 @@ def _assay(cell: Evidence, seed: int, count: int) -> _Assay:
         raise ValueError(f"scores: lists of unlike lengths {[len(scores) for scores in forget]}")
     zeros = [0.0] * len(cell.target)
     untaught = zeros if cell.oracle is None else cell.oracle
-    recovered, recovered_of = _recovered(cell, zeros, seed, count)
+    recovered, recovered_of = _recovered(cell, zeros, seed)
     left, forgot = _apart(cell.baseline, untaught, seed), _apart(cell.target, cell.unlearned, seed)
     taught = _apart(cell.target, untaught, seed)
     known = kept = None
     if left and cell.oracle is not None:
-        known = share_draws(cell.compressed, cell.oracle, cell.baseline, seed, count)
+        known = share_draws(cell.compressed, cell.oracle, cell.baseline, seed)
     if any(cell.retain_target):
-        kept = share_draws(cell.retain, [0.0] * len(cell.retain), cell.retain_target, seed, count)
+        kept = share_draws(cell.retain, [0.0] * len(cell.retain), cell.retain_target, seed)
     nothing: tuple[Word, str] | None = None
     if not taught:
         nothing = "undecided", "the target does not know the forget set, so there is nothing to forget"
@@ -171,7 +171,7 @@ def _word(assay: _Assay, returned: bool, held: bool, damaged: bool) -> tuple[Wor
     return "undecided", "the evidence allows both; more forget items would decide"
 
 
-def _recovered(cell: Evidence, zeros: Sequence[float], seed: int, count: int) -> tuple[Draws, str]:
+def _recovered(cell: Evidence, zeros: Sequence[float], seed: int) -> tuple[Draws, str]:
     """The recovered share between the first two levels that lie apart."""
     levels: list[tuple[Sequence[float], str, Sequence[float], str]] = [
         (cell.unlearned, "unlearned", cell.baseline, "baseline")
@@ -185,8 +185,8 @@ def _recovered(cell: Evidence, zeros: Sequence[float], seed: int, count: int) ->
     ]
     for floor, floor_name, whole, whole_name in levels:
         if _apart(whole, floor, seed):
-            return share_draws(cell.compressed, floor, whole, seed, count), f"{floor_name}..{whole_name}"
-    return mean_draws(cell.compressed, seed, count), "probability"
+            return share_draws(cell.compressed, floor, whole, seed), f"{floor_name}..{whole_name}"
+    return mean_draws(cell.compressed, seed), "probability"
 
 
 def _apart(high: Sequence[float], low: Sequence[float], seed: int) -> bool:

@@ -283,6 +283,11 @@ def test_target_that_knows_nothing_of_the_retain_set():
     assert (found.kept, found.verdict) == (None, "returned")
 
 
+def test_few_items_decide_what_is_clear():
+    few = {field.name: getattr(CASES["bucketed-compressed"][0], field.name)[:4] for field in fields(Evidence)}
+    assert {found.verdict for found in judge_together([Evidence(**few)] * 5, 0)} == {"returned"}
+
+
 def test_one_item_decides_nothing():
     one = {field.name: getattr(CASES["bucketed-compressed"][0], field.name)[:1] for field in fields(Evidence)}
     assert judge(Evidence(**one), 0).verdict == "undecided"
