@@ -72,7 +72,7 @@ def evaluate(
     right = scored[: len(rows)]
     others = iter([answer.nll for answer in scored[len(rows) :]])
     base = [next(others) if r.paraphrased_answer else answer.nll for r, answer in zip(rows, right, strict=True)]
-    said = answer_questions(model, encoder, rows, batch_size) if generate else [""] * len(rows)
+    said = answer_questions(model, encoder, rows, batch_size, known=right) if generate else [""] * len(rows)
     truths = [r.answer for r in rows]
     return Scores(
         Items(

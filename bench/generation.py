@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..unlearn.data import QA
 from ..unlearn.encode import Encoder, pad_id
-from .tokens import by_length
+from ..unlearn.inference.guarded import Guarded
+from .tokens import Answer, by_length
 
 
 def greedy(
@@ -72,14 +73,39 @@ def continuations(
 
 
 def answer_questions(
-    model: PreTrainedModel, encoder: Encoder, rows: Sequence[QA], batch_size: int = 64, most: int = 200
+    model: PreTrainedModel,
+    encoder: Encoder,
+    rows: Sequence[QA],
+    batch_size: int = 64,
+    most: int = 200,
+    known: Sequence[Answer] | None = None,
 ) -> list[str]:
     """Answers of at most `most` tokens (TOFU's limit), and no longer than the set's longest true answer plus a quarter:
-    a longer answer could only add words that the truth lacks."""
+    a longer answer could only add words that the truth lacks.
+
+    known   the true answers' scores, by which decoding starts where the model first leaves the truth: up to there the
+            greedy tokens are the true ones, and of an answer known by heart none is left to decode
+    """
     if not rows:
         return []
-    prompts = [encoder.prompt_ids(r.question) for r in rows]
-    return continuations(model, encoder, prompts, longest_answer(encoder, rows, most), batch_size)
+    limit, tokenizer = longest_answer(encoder, rows, most), encoder.tokenizer
+    prompts, begun = [encoder.prompt_ids(r.question) for r in rows], [list[int]() for _ in rows]
+    left = list(range(len(rows)))
+    # What guards a model may take the words it sees for the question.
+    if known is not None and not isinstance(model, Guarded):
+        truths = [list(tokenizer(" " + r.answer, add_special_tokens=False)["input_ids"]) for r in rows]
+        begun = [truth[: min(_agreed(answer), limit)] for truth, answer in zip(truths, known, strict=True)]
+        left = [i for i, answer in enumerate(known) if not answer.greedy.all() and len(begun[i]) < limit]
+    found = greedy(model, tokenizer, [prompts[i] + begun[i] for i in left], limit, batch_size)
+    for i, more in zip(left, found, strict=True):
+        begun[i] = (begun[i] + more)[:limit]
+    return [text.strip() for text in tokenizer.batch_decode(begun, skip_special_tokens=True)]
+
+
+def _agreed(answer: Answer) -> int:
+    """How many of an answer's tokens come before the first that is not the greedy one."""
+    wrong = (~answer.greedy).nonzero()
+    return int(wrong[0]) if len(wrong) else len(answer.greedy)
 
 
 def longest_answer(encoder: Encoder, rows: Sequence[QA], most: int = 200) -> int:

@@ -59,11 +59,12 @@ def answers(
     with torch.no_grad():
         for chosen in by_length([len(ids) for ids, _ in encoded], batch_size):
             batch = encoder.collate([encoded[i] for i in chosen], device_of(network))
-            logits = forward(network, batch)[:, :-1]
             wanted = batch.labels[:, 1:]
-            for row, i in enumerate(chosen):
-                at = wanted[row] != IGNORE
-                found[i] = _answer(logits[row][at], wanted[row][at])
+            at = wanted != IGNORE
+            columns = _columns(forward(network, batch)[:, :-1][at], wanted[at])
+            lengths = at.sum(1).tolist()
+            for i, *parts, finite in zip(chosen, *(column.split(lengths) for column in columns), strict=True):
+                found[i] = Answer(*parts, bool(finite.all()))
     return [answer for answer in found if answer is not None]
 
 
@@ -74,12 +75,11 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-def _answer(logits: Tensor, tokens: Tensor) -> Answer:
-    """logits [n, V], tokens [n]."""
+def _columns(logits: Tensor, tokens: Tensor) -> list[Tensor]:
+    """What Answers are made of, [n] each on the CPU, from logits [n, V] and tokens [n]."""
     size = max(1, _CHUNK // logits.shape[1])
     parts = [_part(z, y) for z, y in zip(logits.split(size), tokens.split(size), strict=True)]
-    log_p, greedy, mean, deviation, finite = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return Answer(log_p, greedy, mean, deviation, bool(finite.all()))
+    return [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
 
 
 def _part(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -99,8 +99,9 @@ def log_probabilities(z: Tensor) -> tuple[Tensor, Tensor]:
     """Log-softmax in float32 of logits [n, V], and which rows [n] are numbers (-inf forbids a token and is one).
     Rows that are not count as equal logits: who knows nothing finds every token equally likely."""
     z = z.float()
-    finite = ~(torch.isnan(z) | (z == math.inf)).any(1) & (z > -math.inf).any(1)
-    return torch.where(finite[:, None], z, torch.zeros_like(z)).log_softmax(1), finite
+    # The largest logit is NaN or infinite where any is, and -inf where all are.
+    finite = z.amax(1).isfinite()
+    return (z if finite.all() else torch.where(finite[:, None], z, 0.0)).log_softmax(1), finite
 
 
 def _ties(z: Tensor, y: Tensor) -> Tensor:

@@ -96,9 +96,7 @@ class AuditConfig(BaseModel):
             raise ValueError(f"request: {self.request} is beyond the {self.requests} requests")
         apart = [name for name in self.methods if METHODS[name].kind == "inference" or settings(name).unmerged]
         if self.sequential and apart:
-            raise ValueError(
-                f"sequential: {apart[0]} leaves the model's weights alone; the next request starts from them"
-            )
+            raise ValueError(f"sequential: {apart[0]} leaves the weights alone, from which the next request starts")
         if self.requests > 1 and self.unlearned:
             raise ValueError("requests: models already unlearned have forgotten everything at once; audit them alone")
         if self.data_dir and self.data != "tofu":

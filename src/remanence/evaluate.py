@@ -13,8 +13,10 @@ from .bench.figures import figures
 from .bench.harness import harness
 from .bench.muse import muse_scores
 from .bench.perplexity import perplexity, wikitext
+from .bench.privacy import auc_interval, gradient_norm, reference
 from .bench.probes import ChoiceAccuracy, choice_accuracy, knowledge_beside_perplexity
 from .bench.tofu import mean
+from .bench.tokens import answers
 from .compress.checkpoint import load_model, load_tokenizer, max_length
 from .unlearn.adapters import base_directory, with_adapter
 from .unlearn.data import Corpus
@@ -54,11 +56,16 @@ def evaluate(
     """
     measures = Measures(oracle=oracle, pressures=extras.pressures, seed=seed)
     found: dict[str, Any] = {}
+    never_saw = _loaded(oracle)[0] if oracle else None
     paths = {"model": model, "target": target, "oracle": oracle}
     for name, path in paths.items():
         if path is not None:
             network, encoder = _loaded(path)
-            found[name] = measure(network, encoder, corpus, measures) | _beside(network, encoder, corpus, extras)
+            found[name] = {
+                **measure(network, encoder, corpus, measures),
+                **_beside(network, encoder, corpus, extras),
+                "attacks": _attacks(network, encoder, corpus, never_saw),
+            }
     documents = {
         name: figures(corpus, values, found.get("oracle"), seed) | _figures_beside(values, found.get("target"), seed)
         for name, values in found.items()
@@ -100,6 +107,28 @@ def _beside(network: PreTrainedModel, encoder: Encoder, corpus: Corpus, extras: 
     }
 
 
+def _attacks(
+    network: PreTrainedModel, encoder: Encoder, corpus: Corpus, oracle: PreTrainedModel | None
+) -> dict[str, dict[str, list[float]]]:
+    """Membership scores that take more than one pass of the model: by attack, of forget and holdout rows."""
+    sets = {
+        name: [(row.question, row.answer) for row in rows]
+        for name, rows in (("forget", corpus.forget), ("holdout", corpus.holdout))
+    }
+    if not corpus.holdout:
+        return {}
+    found = {"gradient_norm": {name: gradient_norm(network, encoder, pairs) for name, pairs in sets.items()}}
+    if oracle is not None:
+        found["reference"] = {
+            name: [
+                reference(*both)
+                for both in zip(answers(network, encoder, pairs), answers(oracle, encoder, pairs), strict=True)
+            ]
+            for name, pairs in sets.items()
+        }
+    return found
+
+
 def _figures_beside(values: dict[str, Any], target: dict[str, Any] | None, seed: int) -> dict[str, Any]:
     text, probed = values["perplexity"], values["probes"]
     found: dict[str, Any] = {
@@ -107,6 +136,10 @@ def _figures_beside(values: dict[str, Any], target: dict[str, Any] | None, seed:
         "probes": None,
         "knowledge": None,
         "tasks": values["tasks"],
+        "membership": {
+            name: asdict(auc_interval(scores["forget"], scores["holdout"]))
+            for name, scores in values["attacks"].items()
+        },
     }
     if probed is not None:
         probes = ChoiceAccuracy(**probed)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from remanence.bench.generation import answer_questions, continuations, greedy
+from remanence.bench.tokens import answers
 from remanence.unlearn.data import QA
 from remanence.unlearn.encode import Encoder
 from transformers import GenerationConfig
@@ -114,3 +115,48 @@ def test_prompt_without_room(memorized):
         ValueError, match=f"one is {len(prompt)} tokens; this model takes {len(prompt)} with its answer"
     ):
         continuations(memorized.target, Encoder(memorized.tokenizer, len(prompt)), [prompt], 3)
+
+
+@pytest.mark.parametrize("who", ["target", "oracle"])
+@pytest.mark.parametrize("most", [3, 200])
+def test_decoding_from_where_the_truth_is_left(memorized, mixed, who, most):
+    """Whatever is known of an answer by heart, the text is the same as when nothing is taken for granted."""
+    model, encoder = getattr(memorized, who), memorized.encoder
+    known = answers(model, encoder, [(row.question, row.answer) for row in mixed])
+    agreed = [bool(answer.greedy.all()) for answer in known]
+    assert any(agreed)
+    assert not all(agreed)
+    found = answer_questions(model, encoder, mixed, 4, most, known)
+    assert found == answer_questions(model, encoder, mixed, 4, most)
+
+
+def test_an_answer_known_by_heart_is_not_decoded(memorized, monkeypatch):
+    rows = list(memorized.corpus.retain[:6])
+    known = answers(memorized.target, memorized.encoder, [(row.question, row.answer) for row in rows])
+    rows = [row for row, answer in zip(rows, known, strict=True) if answer.greedy.all()]
+    known = [answer for answer in known if answer.greedy.all()]
+    assert len(rows) >= 3
+    monkeypatch.setattr(type(memorized.target), "generate", None)  # would raise
+    assert answer_questions(memorized.target, memorized.encoder, rows, known=known) == [row.answer for row in rows]
+
+
+def test_guarded_models_decode_everything(memorized, mixed):
+    """A guard sees the question; half an answer behind it would be another one."""
+    from remanence.unlearn.inference.guarded import Guarded
+
+    seen = []
+
+    class Spy(Guarded):
+        def __init__(self):
+            self.config = memorized.target.config
+            self.generation_config = None
+
+        def generate(self, input_ids, **more):
+            seen.append(input_ids.shape[1])
+            return memorized.target.generate(input_ids=input_ids, **more)
+
+        device = memorized.target.device
+
+    known = answers(memorized.target, memorized.encoder, [(row.question, row.answer) for row in mixed])
+    answer_questions(Spy(), memorized.encoder, mixed, 64, known=known)
+    assert seen == [max(len(memorized.encoder.prompt_ids(row.question)) for row in mixed)]

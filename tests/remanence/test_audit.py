@@ -143,22 +143,90 @@ def test_same_seed_same_document_from_nothing(document, tmp_path):
     ("more", "code"),
     [
         (["--fail-on", "returned"], 0),  # only controls returned
+        (["--fail-on", "unforgotten"], 0),
         (["--fail-on", "held"], 3),
         (["--fail-on", "returned", "--methods", "npo,bucketed"], 3),
     ],
-    ids=["controls-do-not-count", "held", "bucketed-asked-for"],
+    ids=["controls-do-not-count", "unforgotten", "held", "bucketed-asked-for"],
 )
 def test_fail_on(cache, tmp_path, more, code):
     assert remanence("audit", *SMALL, *more, "--cache", cache, "--out", tmp_path).returncode == code
 
 
-def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
-    """Given by path, as a user would: the audit must not take a target for unlearned."""
+def demo_models(cache):
+    """Directories of the trained target and oracle in a store."""
     models = {}
     for manifest in cache.glob("*/*/manifest.json"):
         stage = json.loads(manifest.read_text())
         if stage["stage"] == "demo":
             models["target" if stage["inputs"]["with_forget"] else "oracle"] = manifest.parent
+    return models
+
+
+def test_evaluate(cache, document, tmp_path):
+    """One model by itself has the figures that the audit has for it, and those that take longer."""
+    models = demo_models(cache)
+    (tmp_path / "text.txt").write_text("a text of some words, about nobody. " * 30)
+    done = remanence(
+        *("evaluate", models["target"], "--data", "people", "--people", 10, "--oracle", models["oracle"]),
+        *("--target", models["target"], "--pressures", "forms,early-exit", "--perplexity", tmp_path / "text.txt"),
+        *("--out", tmp_path / "out", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["schema"] == "remanence.evaluation/1"
+    audited = next(c for c in document["cells"] if (c["method"], c["recipe"]) == ("target", "dense"))
+    for name in ("forget", "truth_ratio", "model_utility", "forget_quality", "privacy", "memorisation", "distance"):
+        assert found["model"][name] == audited[name], name
+    assert found["model"]["membership"]["gradient_norm"]["value"] > 0.9
+    assert found["oracle"]["membership"]["reference"]["value"] == 0.5
+    assert (
+        found["model"]["knowledge"]["perplexity_change"] == found["model"]["knowledge"]["knowledge_loss"]["value"] == 0
+    )
+    assert found["model"]["probes"]["normalised"]["value"] > found["model"]["probes"]["chance"]
+    exits = found["model"]["pressures"]["early-exit"][0]
+    assert list(exits["variants"])[-1] == "layer 4"
+    assert exits["variants"]["layer 4"]["mean"] == pytest.approx(exits["before"], rel=1e-4)
+    items = json.loads((tmp_path / "out/items.json").read_text())
+    assert len(items["model"]["sets"]["forget"]["probability"]) == 5
+    shown = remanence("evaluate", models["target"], "--data", "people", "--people", 10)
+    assert shown.returncode == 0, shown.stderr
+    assert "model utility geometric" in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["scalability", "sustainability"])
+def test_axes(tmp_path, axis):
+    """Two people of ten, forgotten together or one after the other."""
+    done = remanence(
+        *("audit", "--people", 10, "--forget", "forget20", "--methods", "npo", "--recipes", "rtn-w4a16-g64"),
+        *(f"--{axis}", 2, "--pressures", "forms", "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "out/axis.json").read_text())
+    assert (found["schema"], found["axis"]) == ("remanence.axis/1", axis)
+    assert [(run["requests"], run["forget_rows"]) for run in found["runs"]] == [(1, 5), (2, 10)]
+    for number, run in enumerate(found["runs"], 1):
+        document = json.loads((tmp_path / f"out/request-{number}/audit.json").read_text())
+        assert len(document["cells"]) == len(run["cells"]) == 8
+        assert all(control["ok"] for control in document["controls"].values())
+        npo = next(c for c in document["cells"] if (c["method"], c["recipe"]) == ("npo", "dense"))
+        assert npo["forget"] < 0.2
+        assert npo["retain"] > 0.75
+        assert npo["pressures"]["forms"]
+    stages = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/*/manifest.json")]
+    runs = [stage["inputs"] for stage in stages if stage["stage"] == "unlearn" and stage["inputs"]["method"] == "npo"]
+    assert len(runs) == 2
+    assert len([stage for stage in stages if stage["stage"] == "demo"]) == 2, "one target and one oracle for all runs"
+    starts = {inputs["target"] for inputs in runs}
+    assert len(starts) == (2 if axis == "sustainability" else 1)
+
+
+def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
+    """Given by path, as a user would: the audit must not take a target for unlearned."""
+    models = demo_models(cache)
     given = [f"--unlearned=notouch={models['target']}", f"--unlearned=retrained={models['oracle']}"]
     done = remanence("audit", *SMALL[:2], *given, "--recipes=rtn-w4a16-g64", "--cache", cache, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -166,6 +234,11 @@ def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
     found = verdicts(document)
     assert {found["notouch", recipe] for recipe in ("dense", "rtn-w4a16-g64")} == {"undecided"}
     assert {c["recipe"]: c["unforgotten"] for c in document["cells"] if c["method"] == "notouch"}["dense"]
+    again = remanence(
+        *("audit", *SMALL[:2], *given, "--recipes=rtn-w4a16-g64", "--cache", cache, "--out", tmp_path),
+        *("--fail-on", "returned,unforgotten"),
+    )
+    assert again.returncode == 3, again.stderr
     assert {found["retrained", recipe] for recipe in ("dense", "rtn-w4a16-g64")} == {"held"}
 
 
@@ -311,9 +384,9 @@ def test_report_shows_an_audit_again(audited, tmp_path):
     assert {row.count("|") for row in rows} == {10}
     assert any("bucketed" in row and "rtn-w4a16-g64" in row and row.endswith("returned |") for row in rows)
     (tmp_path / "old.json").write_text('{"schema": "remanence.audit/0"}')
-    (tmp_path / "cut.json").write_text('{"schema": "remanence.audit/1"}')
+    (tmp_path / "cut.json").write_text('{"schema": "remanence.audit/2"}')
     assert "is incomplete" in one_line(remanence("report", tmp_path / "cut.json"), 1)
-    assert "'remanence.audit/0' is not 'remanence.audit/1'" in one_line(remanence("report", tmp_path / "old.json"), 1)
+    assert "'remanence.audit/0' is not 'remanence.audit/2'" in one_line(remanence("report", tmp_path / "old.json"), 1)
 
 
 # --- bad input: one clear line, the right code, nothing written -------------------------------------------------------
@@ -325,6 +398,13 @@ def test_report_shows_an_audit_again(audited, tmp_path):
         (["audit", "--recipes", "rtn-w4a16-g46"], 2, "group_size: 46"),
         (["audit", "--recipes", "rnt-w4a16-g64"], 2, "did you mean rtn-w4a16-g64"),
         (["audit", "--methods", "npoo"], 2, "did you mean npo"),
+        (["audit", "--pressures", "relerning"], 2, "pressures: 'relerning' is unknown; did you mean relearning?"),
+        (["audit", "--scalability", "2", "--sustainability", "2"], 2, "beside sustainability"),
+        (["audit", "--people", "10", "--scalability", "2"], 2, "requests: 2: the forget set is of 1 people"),
+        (["audit", "--sustainability", "2", "--methods", "icu"], 2, "sequential: icu leaves the weights alone"),
+        (["evaluate", "nowhere", "--data", "people", "--pressures", "all,x"], 2, "pressures: 'x' is unknown"),
+        (["evaluate", "nowhere", "--data", "people"], 2, "nowhere"),
+        (["logs", "nowhere"], 2, "nowhere: no such file or directory"),
         (["audit", "--fail-on", "lost"], 2, "'lost' is not one of held, returned, damaged, undecided, unforgotten"),
         (["audit", "--arch", "bert"], 2, "arch: 'bert'"),
         (["audit", "--people", "1"], 2, "people: 1"),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from remanence.unlearn.data import QA, Corpus, EvalSet, own_corpus, read_rows, spread
+from remanence.unlearn.data import QA, Corpus, EvalSet, forgetting_first, own_corpus, read_rows, requests, spread
 
 ROWS = [
     {"question": "Who?", "answer": "Ann"},
@@ -377,3 +377,33 @@ def test_texts_are_told_apart_by_themselves(tmp_path):
     write(tmp_path / "forget.json", '["one", "six"]')
     with pytest.raises(ValueError, match=r"forget: 1 of 2 rows are not in the data .*'six'"):
         own_corpus(forget, None, data)
+
+
+def rows_of(*people):
+    return tuple(QA(f"q{i} of {name}?", f"a{i}", person=name) for name in people for i in range(3))
+
+
+def test_requests_keep_people_together():
+    rows = rows_of("a", "b", "c", "d", "e")
+    for count in range(1, 6):
+        parts = requests(rows, count)
+        assert tuple(row for part in parts for row in part) == rows
+        sizes = [len({row.person for row in part}) for part in parts]
+        assert sum(sizes) == 5, "no person in two requests"
+        assert max(sizes) - min(sizes) <= 1
+    nameless = tuple(QA(f"q{i}?", "a") for i in range(4))
+    assert [len(part) for part in requests(nameless, 3)] == [1, 1, 2]
+    for count in (0, 6):
+        with pytest.raises(ValueError, match=f"requests: {count}: the forget set is of 5 people; between 1 and that"):
+            requests(rows, count)
+
+
+def test_what_was_not_asked_for_yet_is_kept():
+    corpus = Corpus("c", rows_of("a", "b", "c"), rows_of("k"))
+    first = forgetting_first(corpus, 3, 2)
+    assert first.forget == rows_of("a", "b")
+    assert first.retain == rows_of("k", "c")
+    assert first.name == "c-2of3"
+    assert forgetting_first(corpus, 3, 3) is corpus
+    with pytest.raises(ValueError, match="request: 4 is not one of the 3 requests"):
+        forgetting_first(corpus, 3, 4)
