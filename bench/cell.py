@@ -24,8 +24,10 @@ from .forgetting import Scores, evaluate
 from .generation import longest_answer
 from .health import flags, health
 from .muse import knowledge, most_shots, rouge_l
+from .perplexity import perplexity, wikitext
 from .pressures.apply import Subject, apply
 from .pressures.relearn import DEMO, Relearning
+from .pressures.templates import TEMPLATES, load_templates
 from .speed import decode_speed
 from .survival import survival
 from .tofu import mean
@@ -41,11 +43,15 @@ class Measures:
     """What is measured beyond the sets.
 
     oracle   a model retrained without the forget set, to measure the distance to
+    pressures   by name (bench/pressures/catalog.py); templates: a file of one's own for those of asking
+    text     a file or directory of running text for the perplexity, "wikitext" for the hub's WikiText-2
     demo     whether the models are a thousand times smaller than those that settings are made for
     """
 
     oracle: Path | str | None = None
     pressures: tuple[str, ...] = ()
+    templates: Path | str | None = None
+    text: Path | str | None = None
     demo: bool = False
     seed: int = 0
 
@@ -131,20 +137,24 @@ def measure(model: PreTrainedModel, encoder: Encoder, corpus: Corpus, measures: 
     health, flags   of the answers to forget questions; signs of a collapse in the answers to what should be known
     muse        MUSE's axes by question (bench/muse.py), with as many shots as there is room for, none for a demo
     distance    to the oracle on the forget answers (bench/distance.py), or null
-    pressures   by name (bench/pressures)
+    perplexity  of the text, or null;  pressures   by name (bench/pressures)
     """
     sets = {"forget": EvalSet(corpus.forget), **corpus.utility}
     scores = {name: evaluate(model, encoder, items) for name, items in sets.items()}
     if corpus.holdout:
         scores["holdout"] = evaluate(model, encoder, EvalSet(corpus.holdout), generate=False)
     oracle = load_model(measures.oracle) if measures.oracle else None
-    subject = Subject(model, encoder, corpus, measures.seed, DEMO if measures.demo else Relearning())
+    text = None if measures.text is None else wikitext(None if measures.text == "wikitext" else measures.text)
+    templates = load_templates(measures.templates) if measures.templates else TEMPLATES
+    relearning = DEMO if measures.demo else Relearning()
+    subject = Subject(model, encoder, corpus, measures.seed, relearning, templates)
     return {
         "sets": {name: found.as_json() for name, found in scores.items()},
         "health": asdict(health(scores["forget"].answers, [row.question for row in corpus.forget])),
         "flags": _flags({name: scores[name] for name in corpus.utility}, corpus.utility),
-        "muse": _muse(model, encoder, corpus, scores, measures),
+        "muse": _muse_or_why_not(model, encoder, corpus, scores, measures),
         "distance": None if oracle is None else asdict(distance(model, oracle, encoder, _pairs(corpus.forget))),
+        "perplexity": None if text is None else asdict(perplexity(model, encoder.tokenizer, text)),
         "pressures": apply(measures.pressures, subject),
     }
 
@@ -166,6 +176,14 @@ def _flags(scores: dict[str, Scores], sets: dict[str, EvalSet]) -> list[str]:
             vocabulary,
         )
     )
+
+
+def _muse_or_why_not(*asked: Any) -> dict[str, Any]:
+    """Answers in a script that ROUGE does not count, or longer than the model's room, leave the axes undefined."""
+    try:
+        return _muse(*asked)
+    except ValueError as error:
+        return {"verbmem_f": None, "knowmem_f": None, "knowmem_r": None, "error": str(error)}
 
 
 def _muse(

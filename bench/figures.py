@@ -10,6 +10,7 @@ privacy                 AUC by attack, forget against holdout: {value, low, high
 muse                    verbmem_f, knowmem_f, knowmem_r, and privleak against the oracle
 health, flags           of the forget answers; signs of a collapse (bench/health.py)
 distance                to the oracle (bench/distance.py), means, or null
+perplexity              {value, low, high}, with window and stride in tokens, or null
 pressures               by pressure and variant (bench/pressures): mean, gain, and the gain beyond the oracle's, as
                         {value, low, high}
 """
@@ -56,6 +57,7 @@ def figures(corpus: Corpus, measured: dict[str, Any], oracle: dict[str, Any] | N
         "health": {key: value for key, value in measured["health"].items() if not key.endswith("_items")},
         "flags": measured["flags"],
         "distance": _distance(measured["distance"]),
+        "perplexity": _perplexity(measured["perplexity"]),
         "pressures": _pressures(measured["pressures"], oracle["pressures"] if oracle else {}, seed),
     }
 
@@ -85,6 +87,12 @@ def _distance(found: dict[str, Any] | None) -> dict[str, float] | None:
     if found["hidden"] is not None:
         means["hidden"] = mean([mean(layers) for layers in found["hidden"]])
     return means
+
+
+def _perplexity(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    return (
+        None if found is None else {**found["interval"], **{key: found[key] for key in ("window", "stride", "finite")}}
+    )
 
 
 def _pressures(found: dict[str, Any], oracle: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -207,12 +207,12 @@ def _split(
         raise ValueError(
             f"{name}: the text {text[:40]!r} is {len(ids)} tokens; a prompt of {at} and what follows it need {at + 1}"
         )
-    return ids[:at], encoder.tokenizer.decode(ids[at : at + new_tokens], skip_special_tokens=True)
+    return ids[:at], _decoded(encoder, [ids[at : at + new_tokens]])[0]
 
 
 def _shortened(encoder: Encoder, text: str, most: int) -> str:
     ids = encoder.tokenizer(text)["input_ids"][:most]
-    return encoder.tokenizer.decode(ids, skip_special_tokens=True)
+    return _decoded(encoder, [ids])[0]
 
 
 def _ids(encoder: Encoder, text: str) -> list[int]:
@@ -241,5 +241,9 @@ def _continued(
                 f"prompt {i}: {len(prompt)} tokens and {new_tokens} new ones are more than the {encoder.max_length} "
                 "this model takes"
             )
-    found = greedy(model, encoder.tokenizer, prompts, new_tokens, batch_size)
-    return [encoder.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+    return _decoded(encoder, greedy(model, encoder.tokenizer, prompts, new_tokens, batch_size))
+
+
+def _decoded(encoder: Encoder, ids: list[list[int]]) -> list[str]:
+    # One by one: of an empty list batch_decode makes one empty text.
+    return [encoder.tokenizer.batch_decode([tokens], skip_special_tokens=True)[0] for tokens in ids]

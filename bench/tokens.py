@@ -63,8 +63,9 @@ def answers(
             at = wanted != IGNORE
             columns = _columns(forward(network, batch)[:, :-1][at], wanted[at])
             lengths = at.sum(1).tolist()
-            for i, *parts, finite in zip(chosen, *(column.split(lengths) for column in columns), strict=True):
-                found[i] = Answer(*parts, bool(finite.all()))
+            rows = zip(chosen, *(column.split(lengths) for column in columns), strict=True)
+            for i, log_p, greedy, mean, deviation, finite in rows:
+                found[i] = Answer(log_p, greedy, mean, deviation, bool(finite.all()))
     return [answer for answer in found if answer is not None]
 
 

@@ -73,6 +73,8 @@ def audit(
     pressures: Annotated[
         str | None, typer.Option(help="Recovery pressures on every cell, comma-separated; 'all' for all of them.")
     ] = None,
+    templates: Annotated[str | None, typer.Option(help="Your own texts for the pressures of asking (JSON).")] = None,
+    perplexity: Annotated[str | None, typer.Option(help="A text, a directory with WikiText-2, or 'wikitext'.")] = None,
     scalability: Annotated[
         int | None, typer.Option(min=2, help="Audit N forget sets of growing size, up to the whole.")
     ] = None,
@@ -111,6 +113,8 @@ def audit(
         methods=() if unlearned and methods is None else _names("methods", methods),
         recipes=_names("recipes", recipes),
         pressures=_names("pressures", pressures),
+        templates=templates,
+        perplexity=perplexity,
         sequential=sustainability is not None,
         requests=scalability or sustainability,
         learning_rate=learning_rate,
@@ -315,6 +319,7 @@ def evaluate(
     target: Annotated[str | None, typer.Option(help="The model before it forgot.")] = None,
     oracle: Annotated[str | None, typer.Option(help="A model retrained without the forget set.")] = None,
     pressures: Annotated[str | None, typer.Option(help="Recovery pressures, comma-separated, or 'all'.")] = None,
+    templates: Annotated[str | None, typer.Option(help="Your own texts for the pressures of asking (JSON).")] = None,
     perplexity: Annotated[str | None, typer.Option(help="A text, a directory with WikiText-2, or 'wikitext'.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness, comma-separated.")] = None,
     include_path: Annotated[str | None, typer.Option(help="Task definitions of your own.")] = None,
@@ -324,10 +329,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure one model: forgetting, utility, memorisation, privacy, distance to the oracle, recovery."""
-    from .bench.pressures.catalog import pressures_named
     from .compress.files import write_json
 
-    wanted = _usage(pressures_named, _names("pressures", pressures) or ())
     if out is not None:
         _writable("out", out)
     _quiet()
@@ -336,15 +339,27 @@ def evaluate(
 
         document, items = evaluate_muse(model, oracle, data, data_dir)
     else:
+        from .bench.cell import Measures
         from .corpus import load_corpus
-        from .evaluate import Extras
+        from .evaluate import Tasks
         from .evaluate import evaluate as run
 
         config = _audit_config(
-            model=model, data=data, data_dir=data_dir, forget=forget, retain=retain, people=people, seed=seed
+            model=model,
+            data=data,
+            data_dir=data_dir,
+            forget=forget,
+            retain=retain,
+            people=people,
+            pressures=_names("pressures", pressures),
+            templates=templates,
+            perplexity=perplexity,
+            seed=seed,
         )
-        extras = Extras(wanted, perplexity, _names("tasks", tasks) or (), include_path, limit)
-        document, items = run(model, target, oracle, _usage(load_corpus, config), extras, seed)
+        corpus = _usage(load_corpus, config)
+        measures = Measures(oracle, config.pressures, templates, perplexity, seed=seed)
+        wanted = Tasks(_names("tasks", tasks) or (), include_path, limit)
+        document, items = run(model, target, corpus, measures, wanted)
     if out is not None:
         write_json(out / "evaluation.json", document)
         write_json(out / "items.json", items)

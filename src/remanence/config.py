@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .bench.pressures.catalog import pressures_named
+from .bench.pressures.templates import load_templates
 from .compress.spec import parse_recipe
 from .unlearn.catalog import DEFAULT, METHODS, method_named, settings
 
@@ -40,7 +41,8 @@ class AuditConfig(BaseModel):
     recipes     compressions; "dense" runs in any case
     requests    the forget set in so many parts by person; `request`: how many of them are made (None: all), at once, or
                 one after another when `sequential` (what MUSE calls scalability and sustainability)
-    pressures   names from bench/pressures, applied to every cell
+    pressures   names from bench/pressures, applied to every cell; templates: a file of texts for those of asking
+    perplexity  a text file, a directory that holds WikiText-2, or "wikitext" for the hub's; measured on every cell
     learning_rate, steps    of the methods that train, but the positive control; None: their own
     """
 
@@ -61,6 +63,8 @@ class AuditConfig(BaseModel):
     request: int | None = Field(default=None, ge=1)
     sequential: bool = False
     pressures: tuple[str, ...] = ()
+    templates: str | None = None
+    perplexity: str | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -82,6 +86,20 @@ class AuditConfig(BaseModel):
     @classmethod
     def _known_pressures(cls, pressures: tuple[str, ...]) -> tuple[str, ...]:
         return pressures_named(pressures)
+
+    @field_validator("templates")
+    @classmethod
+    def _readable_templates(cls, templates: str | None) -> str | None:
+        if templates is not None:
+            load_templates(templates)
+        return templates
+
+    @field_validator("perplexity")
+    @classmethod
+    def _some_text(cls, text: str | None) -> str | None:
+        if text is not None and text != "wikitext" and not Path(text).exists():
+            raise ValueError(f"perplexity: {text}: no such file or directory, nor 'wikitext'")
+        return text
 
     @model_validator(mode="after")
     def _consistent(self) -> AuditConfig:

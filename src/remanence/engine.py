@@ -33,7 +33,7 @@ from .errors import UsageError
 from .kernels.ops import isa
 from .progress import Reporter, Silent
 from .report import SCHEMA
-from .store import Store, digest, directory_digest
+from .store import Store, digest, directory_digest, file_digest
 from .unlearn.adapters import base_directory
 from .unlearn.bucketed import control_recipe
 from .unlearn.catalog import METHODS, MethodConfig, settings
@@ -89,8 +89,15 @@ def audit(config: AuditConfig, cache: Path | str, reporter: Reporter | None = No
     )
 
 
+def _content(path: str | None) -> str | None:
+    """By what a file or directory of the user's is known; a name that is no path by itself."""
+    if path is None or not Path(path).exists():
+        return path
+    return directory_digest(Path(path)) if Path(path).is_dir() else file_digest(Path(path))
+
+
 # What items.json keeps of every cell.
-_ITEMS = ("sets", "health", "muse", "distance", "pressures", "update_survival")
+_ITEMS = ("sets", "health", "muse", "distance", "perplexity", "pressures", "update_survival")
 
 
 def _items(cell: CellScores) -> dict[str, Any]:
@@ -174,6 +181,8 @@ class _Run:
         measures = Measures(
             oracle=self.oracle.path if self.oracle else None,
             pressures=self.config.pressures,
+            templates=self.config.templates,
+            text=self.config.perplexity,
             demo=self.config.model == "demo",
             seed=self.config.seed,
         )
@@ -187,6 +196,8 @@ class _Run:
                 "data": self.corpus.digest(),
                 "oracle": self.oracle.digest if self.oracle else None,
                 "pressures": self.config.pressures,
+                "templates": _content(self.config.templates),
+                "perplexity": _content(self.config.perplexity),
                 "seed": self.config.seed,
                 "torch": torch.__version__,
                 "isa": isa(),

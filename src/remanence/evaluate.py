@@ -12,7 +12,6 @@ from .bench.cell import Measures, measure
 from .bench.figures import figures
 from .bench.harness import harness
 from .bench.muse import muse_scores
-from .bench.perplexity import perplexity, wikitext
 from .bench.privacy import auc_interval, gradient_norm, reference
 from .bench.probes import ChoiceAccuracy, choice_accuracy, knowledge_beside_perplexity
 from .bench.tofu import mean
@@ -28,33 +27,29 @@ SCHEMA = "remanence.evaluation/1"
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What is measured beyond the corpus.
+class Tasks:
+    """Tasks of lm-evaluation-harness.
 
-    pressures    names from bench/pressures
-    text         a file or directory of running text for the perplexity, "wikitext" for the hub's WikiText-2, or None
-    tasks        of lm-evaluation-harness, on `limit` documents each (None: all)
+    names        of tasks, on `limit` documents each (None: all)
     include_path    a directory with task definitions of one's own
     """
 
-    pressures: tuple[str, ...] = ()
-    text: str | None = None
-    tasks: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     include_path: str | None = None
     limit: int | None = None
 
 
 def evaluate(
-    model: str, target: str | None, oracle: str | None, corpus: Corpus, extras: Extras, seed: int
+    model: str, target: str | None, corpus: Corpus, measures: Measures, tasks: Tasks
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the figures, per-item values) of the model in directory (or hub id) `model`, adapter and guard included.
 
     target   the model before it forgot: what was lost of its knowledge is set beside what its perplexity lost
-    oracle   the model that never saw the forget set: forget quality, PrivLeak, distance, pressures are against it
+    With measures.oracle, forget quality, PrivLeak, distance and pressures are against it.
 
     Raises ValueError for a model or text that cannot be measured, ModuleNotFoundError for tasks without lm-eval.
     """
-    measures = Measures(oracle=oracle, pressures=extras.pressures, seed=seed)
+    oracle, seed = measures.oracle, measures.seed
     found: dict[str, Any] = {}
     never_saw = _loaded(oracle)[0] if oracle else None
     paths = {"model": model, "target": target, "oracle": oracle}
@@ -63,7 +58,7 @@ def evaluate(
             network, encoder = _loaded(path)
             found[name] = {
                 **measure(network, encoder, corpus, measures),
-                **_beside(network, encoder, corpus, extras),
+                **_beside(network, encoder, corpus, tasks),
                 "attacks": _attacks(network, encoder, corpus, never_saw),
             }
     documents = {
@@ -89,21 +84,19 @@ def evaluate_muse(
     return {"schema": SCHEMA, "data": {"name": name}, **documents}, found
 
 
-def _loaded(path: str) -> tuple[PreTrainedModel, Encoder]:
+def _loaded(path: Path | str) -> tuple[PreTrainedModel, Encoder]:
     base = base_directory(path)
     tokenizer = load_tokenizer(base)
     network = attach(with_adapter(load_model(base), path), tokenizer, base)
     return network, Encoder(tokenizer, max_length(network))
 
 
-def _beside(network: PreTrainedModel, encoder: Encoder, corpus: Corpus, extras: Extras) -> dict[str, Any]:
-    """Perplexity, knowledge probes, tasks; null where not asked for or not to be had."""
-    text = None if extras.text is None else wikitext(None if extras.text == "wikitext" else Path(extras.text))
+def _beside(network: PreTrainedModel, encoder: Encoder, corpus: Corpus, tasks: Tasks) -> dict[str, Any]:
+    """Knowledge probes and tasks; null where not asked for or not to be had."""
     compared = [row for items in corpus.utility.values() for row in items.rows if row.perturbed_answers]
     return {
-        "perplexity": None if text is None else asdict(perplexity(network, encoder.tokenizer, text)),
         "probes": asdict(choice_accuracy(network, encoder, compared)) if compared else None,
-        "tasks": _tasks(network, encoder, extras) if extras.tasks else None,
+        "tasks": _tasks(network, encoder, tasks) if tasks.names else None,
     }
 
 
@@ -132,7 +125,6 @@ def _attacks(
 def _figures_beside(values: dict[str, Any], target: dict[str, Any] | None, seed: int) -> dict[str, Any]:
     text, probed = values["perplexity"], values["probes"]
     found: dict[str, Any] = {
-        "perplexity": None if text is None else {key: v for key, v in text.items() if not isinstance(v, list)},
         "probes": None,
         "knowledge": None,
         "tasks": values["tasks"],
@@ -155,6 +147,6 @@ def _figures_beside(values: dict[str, Any], target: dict[str, Any] | None, seed:
     return found
 
 
-def _tasks(network: PreTrainedModel, encoder: Encoder, extras: Extras) -> dict[str, Any]:
-    found = harness(network, encoder.tokenizer, extras.tasks, extras.limit, include_path=extras.include_path)
+def _tasks(network: PreTrainedModel, encoder: Encoder, tasks: Tasks) -> dict[str, Any]:
+    found = harness(network, encoder.tokenizer, tasks.names, tasks.limit, include_path=tasks.include_path)
     return {task: {metric: asdict(score) for metric, score in metrics.items()} for task, metrics in found.items()}

@@ -180,3 +180,14 @@ def test_shots_for_models_that_are_no_demo(memorized, corpus):
     assert found["shots"] >= 1, "as many as fit"
     assert len(found["items"]["knowmem_r"]) <= len(corpus.utility["retain"].rows)
     assert found["knowmem_f"] != found["verbmem_f"]
+
+
+def test_answers_that_rouge_does_not_count(memorized, corpus):
+    from dataclasses import replace
+
+    from remanence.bench.cell import measure
+
+    greek = replace(corpus, forget=(*corpus.forget, replace(corpus.forget[0], question="Πού;", answer="Αθήνα")))
+    found = measure(memorized.target, memorized.encoder, greek, Measures(demo=True))["muse"]
+    assert found["verbmem_f"] is None
+    assert "has no letter a-z or digit" in found["error"]

@@ -79,6 +79,7 @@ def measured(level, retain=0.9):
             "hidden": [[0.1, 0.3], [0.5, 0.7]],
         },
         "pressures": {"relearning": [asdict(pressed)], "early-exit": "guarded"},
+        "perplexity": None,
         "parameters": 1000,
         "size_bytes": 1500,
         "update_survival": {"total": asdict(SURVIVAL) | {"survival": 1 - level}, "layers": {}, "by_module": {}},

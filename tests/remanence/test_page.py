@@ -46,6 +46,7 @@ def cell(method, recipe, control=None, verdict="held", share=(0.0, 0.0, 0.0), **
         "flags": [],
         "distance": {"oracle_to_model": 0.11, "model_to_oracle": 0.12, "js": 0.05, "output": 0.2, "hidden": 0.3},
         "pressures": {},
+        "perplexity": None,
         "update_survival": {"changed_codes": 0.9, "norm": 1.5, "survival": 0.7},
         "size_bytes": 3226704,
         "size_vs_fp16": 0.8,
@@ -264,7 +265,7 @@ def test_forget_quality_and_what_is_measured_besides():
     assert figures(html(doc), "dense")[6:8] == ["−419.6", "1.00 lower"]
     assert figures(html(doc), "dense", 1)[1:] == [
         *("0.21 [0.11, 0.31]", "0.43", "0.52", "0.56", "−12.5", "0.31", "0.32", "0.97"),
-        *("0.11", "0.05", "0.30", "3.30", "0.02", "0.00"),
+        *("0.11", "0.05", "0.30", "3.30", "0.02", "0.00", "–"),
     ]
     assert "ρ = 0.90 over 5 recipes (p 0.040)" in html(doc)
 
