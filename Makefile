@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := build/installed-in-$(shell printf '%s' "$(VENV)" | cksum | cut -d' ' -f1)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 OUT ?= remanence-audit
+# Test processes; each takes one thread, as models this small gain nothing from more.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: audit test check clean
 
@@ -16,7 +18,7 @@ audit: $(STAMP)
 	@time "$(BIN)/remanence" audit --out "$(OUT)" $(ARGS)
 
 test: $(STAMP)
-	@time "$(BIN)/python" -m pytest $(ARGS)
+	@time "$(BIN)/python" -m pytest -n "$(JOBS)" --dist loadfile $(ARGS)
 
 # What CI runs besides the tests: style, and the types of the package as it is installed.
 check: $(STAMP)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from ..unlearn.inference.store import attach, carry
 from ..unlearn.muse import SHOTS, muse_from_corpus
 from .distance import distance
 from .forgetting import Scores, evaluate
-from .generation import longest_answer
 from .health import flags, health
 from .muse import knowledge, most_shots, rouge_l
 from .perplexity import perplexity, wikitext
@@ -34,8 +32,6 @@ from .tofu import mean
 
 # Raise this when a change here makes earlier measurements wrong.
 CELL_VERSION = 3
-# MUSE's limit on the answer to a knowledge question.
-_KNOWLEDGE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -130,6 +126,14 @@ def measure_cell(
     }
 
 
+def load_served(path: Path | str) -> tuple[PreTrainedModel, Encoder]:
+    """A model as it answers, with the adapter or the guard that lies beside it."""
+    base = base_directory(path)
+    tokenizer = load_tokenizer(base)
+    model = attach(with_adapter(load_model(base), path), tokenizer, base)
+    return model, Encoder(tokenizer, max_length(model))
+
+
 def measure(model: PreTrainedModel, encoder: Encoder, corpus: Corpus, measures: Measures) -> dict[str, Any]:
     """Everything that is seen from outside of a model, whatever made it so; a JSON object.
 
@@ -143,7 +147,7 @@ def measure(model: PreTrainedModel, encoder: Encoder, corpus: Corpus, measures: 
     scores = {name: evaluate(model, encoder, items) for name, items in sets.items()}
     if corpus.holdout:
         scores["holdout"] = evaluate(model, encoder, EvalSet(corpus.holdout), generate=False)
-    oracle = load_model(measures.oracle) if measures.oracle else None
+    oracle = load_served(measures.oracle)[0] if measures.oracle else None
     text = None if measures.text is None else wikitext(None if measures.text == "wikitext" else measures.text)
     templates = load_templates(measures.templates) if measures.templates else TEMPLATES
     relearning = DEMO if measures.demo else Relearning()
@@ -151,26 +155,28 @@ def measure(model: PreTrainedModel, encoder: Encoder, corpus: Corpus, measures: 
     return {
         "sets": {name: found.as_json() for name, found in scores.items()},
         "health": asdict(health(scores["forget"].answers, [row.question for row in corpus.forget])),
-        "flags": _flags({name: scores[name] for name in corpus.utility}, corpus.utility),
+        "flags": _flags(encoder, {name: scores[name] for name in corpus.utility}, corpus.utility),
         "muse": _muse_or_why_not(model, encoder, corpus, scores, measures),
-        "distance": None if oracle is None else asdict(distance(model, oracle, encoder, _pairs(corpus.forget))),
+        "distance": None if oracle is None else _distance(model, oracle, encoder, corpus),
         "perplexity": None if text is None else asdict(perplexity(model, encoder.tokenizer, text)),
         "pressures": apply(measures.pressures, subject),
     }
 
 
-def _pairs(rows: Sequence[Any]) -> list[tuple[str, str]]:
-    return [(row.question, row.answer) for row in rows]
+def _distance(model: PreTrainedModel, oracle: PreTrainedModel, encoder: Encoder, corpus: Corpus) -> dict[str, Any]:
+    found = distance(model, oracle, encoder, [(row.question, row.answer) for row in corpus.forget])
+    return {**asdict(found), "means": found.means()}
 
 
-def _flags(scores: dict[str, Scores], sets: dict[str, EvalSet]) -> list[str]:
-    """Of all answers to what should be known, together."""
+def _flags(encoder: Encoder, scores: dict[str, Scores], sets: dict[str, EvalSet]) -> list[str]:
+    """Of all answers to what should be known, together; by tokens, as one without spaces may go round in circles."""
     answers = [answer for name in scores for answer in scores[name].answers]
     questions = [row.question for name in scores for row in sets[name].rows]
+    tokens = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
     vocabulary = next(iter(scores.values())).vocabulary
     return list(
         flags(
-            health(answers, questions),
+            health(answers, questions, tokens),
             all(found.finite for found in scores.values()),
             [found.entropy for found in scores.values()],
             vocabulary,
@@ -202,10 +208,9 @@ def _muse(
     shots = min(SHOTS, len(corpus.retain) // 2)
     data = muse_from_corpus(corpus, shots, measures.seed)
     asked = {"knowmem_f": (data.forget_qa, data.forget_icl), "knowmem_r": (data.retain_qa, data.retain_icl)}
-    new_tokens = {name: min(_KNOWLEDGE_TOKENS, longest_answer(encoder, rows)) for name, (rows, _) in asked.items()}
-    shots = min(shots, *(most_shots(encoder, *asked[name], new_tokens[name]) for name in asked))
+    shots = min(shots, *(most_shots(encoder, *rows) for rows in asked.values()))
     items = {
         "verbmem_f": plain["forget"],
-        **{name: knowledge(model, encoder, *asked[name], shots, new_tokens[name], batch_size=64) for name in asked},
+        **{name: knowledge(model, encoder, *rows, shots, batch_size=64) for name, rows in asked.items()},
     }
     return {**{name: mean(values) for name, values in items.items()}, "shots": shots, "items": items}

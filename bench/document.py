@@ -5,7 +5,7 @@ cells[]     method, recipe, control ("baseline", "negative", "positive" or null:
             recovered_share, known_share   {value, low, high} with 95% intervals (bench/verdict.py); `of`: between what
             p_returned, p_held             after Holm's correction over the recipes of the method
             kept_share                     retain probability over the target's, {value, low, high}
-            and the figures of bench/figures.py, `oracle` being the oracle under the same recipe
+            and the figures of bench/figures.py, held against the oracle under the same recipe
             update_survival                at the weights (bench/survival.py); null where these are not numbers
             size_bytes, size_vs_fp16       of the weight files;  peak_memory_bytes: while decoding
             times                          what the clock measured
@@ -96,6 +96,7 @@ def _evidence(cell: CellScores, by_name: dict[tuple[str, str], CellScores]) -> E
         baseline=knows("target", recipe),
         target=knows("target", "dense"),
         oracle=knows("oracle", recipe) if with_oracle else None,
+        oracle_dense=knows("oracle", "dense") if with_oracle and not by_name["oracle", "dense"].error else None,
         retain=knows(cell.model, recipe, "retain"),
         retain_target=knows("target", "dense", "retain"),
         collapsed=tuple(cell.measured["flags"]),
@@ -143,7 +144,11 @@ def _agreement(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] not in ("target", "oracle")):
         cells = {row["recipe"]: row for row in rows if row["method"] == method and "error" not in row}
-        compressed = {name: row for name, row in cells.items() if name != "dense"}
+        compressed = {
+            name: row
+            for name, row in cells.items()
+            if name != "dense" and row["recovered_share"]["of"] == "unlearned..baseline"
+        }
         predicted = {
             name: WeightSurvival(**row["update_survival"]).predicted_recovery
             for name, row in compressed.items()

@@ -1,5 +1,6 @@
 """TOFU's whole evaluation (forget01, a slice of retain, real authors, world facts; generation included) in batches,
-beside the same work one example at a time: how much faster, and are the results the same?
+beside the same work one example at a time: how much faster, and are the results the same? Two things make it so:
+batches, and that an answer which the scores show to be known by heart is not decoded again.
 
 The peer is plain: for every row one forward pass for each of its answers and one `generate`, batch 1, no padding, the
 same limit on new tokens. Both run in turns on one model in one process.
@@ -19,7 +20,7 @@ from ..unlearn.encode import Encoder
 from ..unlearn.losses import answer_nll
 from ..unlearn.tofu import tofu_corpus
 from .forgetting import evaluate, rouge_recall
-from .generation import longest_answer
+from .generation import ANSWER_TOKENS, room
 from .tofu import Items
 
 AUTHORS, FORGET = 20, "forget01"  # 18 of TOFU's authors are kept, its last two forgotten
@@ -67,7 +68,7 @@ def run(seed: int = 0, data_dir: str | None = None) -> tuple[list[dict[str, Any]
 
 def one_by_one(model: Any, encoder: Encoder, items: EvalSet) -> tuple[Items, list[str]]:
     """Items and greedy answers, every forward pass with one sequence."""
-    limit = longest_answer(encoder, items.rows)
+    limit = room(encoder, [encoder.prompt_ids(row.question) for row in items.rows], ANSWER_TOKENS)
     nll, base, wrong, said = [], [], [], []
     for row in items.rows:
         nll.append(_nll(model, encoder, row.question, row.answer))

@@ -5,29 +5,35 @@ forget_rouge, retain_rouge    mean ROUGE-L recall;  forget_verbatim: share of an
 truth_ratio, model_utility    by variant (bench/tofu.py), the truth ratio of the forget set
 components              the numbers that model utility is made of (geometric)
 forget_quality          KS test against the oracle, or null
-memorisation            of the forget set: extraction_strength, exact_memorisation: {value, low, high}
+memorisation            of the forget set: extraction_strength, exact_memorisation: {value, low, high}; score: over
+                        these, paraphrase and truth ratio (1: nothing is left), or null without paraphrases
 privacy                 AUC by attack, forget against holdout: {value, low, high}; null without holdout
-muse                    verbmem_f, knowmem_f, knowmem_r, and privleak against the oracle
-health, flags           of the forget answers; signs of a collapse (bench/health.py)
-distance                to the oracle (bench/distance.py), means, or null
+muse                    verbmem_f, knowmem_f, knowmem_r, and privleak against the oracle; note: why the first are null
+health, flags           of the forget answers; signs of a collapse in the answers to what should be known
+                        (bench/health.py)
+forget_flags            signs that the forget set's truth ratios mean nothing (bench/tofu.py)
+distance                to the oracle as it is, uncompressed (bench/distance.py), means, or null
 perplexity              {value, low, high}, with window and stride in tokens, or null
 pressures               by pressure and variant (bench/pressures): mean, gain, and the gain beyond the oracle's, as
-                        {value, low, high}
+                        {value, low, high}; of early exit, `leak`: the layer that knows most
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
 from ..unlearn.data import Corpus
 from .forgetting import Scores, verbatim
+from .memorisation import memorisation_score
 from .pressures.apply import read
+from .pressures.early_exit import leak
 from .pressures.pressed import Pressed
 from .pressures.relearn import relearn_advantage
 from .privacy import auc, auc_interval, privleak
 from .statistics import bootstrap_mean
-from .tofu import VARIANTS, components, forget_quality, forget_truth_ratio, mean, model_utility
+from .tofu import VARIANTS, collapsed, components, forget_quality, forget_truth_ratio, mean, model_utility
 
 
 def figures(corpus: Corpus, measured: dict[str, Any], oracle: dict[str, Any] | None, seed: int) -> dict[str, Any]:
@@ -48,15 +54,13 @@ def figures(corpus: Corpus, measured: dict[str, Any], oracle: dict[str, Any] | N
         "model_utility": {v: model_utility(utility, v) for v in VARIANTS},
         "components": components(utility),
         "forget_quality": _quality(forget, reference["forget"]) if reference else None,
-        "memorisation": {
-            name: asdict(bootstrap_mean(getattr(forget, name), seed))
-            for name in ("extraction_strength", "exact_memorisation")
-        },
+        "memorisation": _memorisation(corpus, forget, seed),
         "privacy": _privacy(sets) if "holdout" in sets else None,
         "muse": _muse(measured["muse"], sets, reference),
         "health": {key: value for key, value in measured["health"].items() if not key.endswith("_items")},
         "flags": measured["flags"],
-        "distance": _distance(measured["distance"]),
+        "forget_flags": collapsed(forget.items),
+        "distance": (measured["distance"] or {}).get("means"),
         "perplexity": _perplexity(measured["perplexity"]),
         "pressures": _pressures(measured["pressures"], oracle["pressures"] if oracle else {}, seed),
     }
@@ -65,6 +69,18 @@ def figures(corpus: Corpus, measured: dict[str, Any], oracle: dict[str, Any] | N
 def _quality(forget: Scores, oracle: Scores) -> dict[str, Any] | None:
     ratios, reference = forget.items.truth_ratio(), oracle.items.truth_ratio()
     return asdict(forget_quality(ratios, reference)) if ratios and reference else None
+
+
+def _memorisation(corpus: Corpus, forget: Scores, seed: int) -> dict[str, Any]:
+    found = {
+        name: bootstrap_mean(getattr(forget, name), seed) for name in ("extraction_strength", "exact_memorisation")
+    }
+    score = None
+    if all(row.paraphrased_answer for row in corpus.forget) and all(forget.items.wrong_nll):
+        paraphrase = mean([math.exp(-nll) for nll in forget.items.base_nll])
+        values = [interval.value for interval in found.values()]
+        score = memorisation_score(*values, paraphrase, forget_truth_ratio(forget.items, "prob"))
+    return {**{name: asdict(interval) for name, interval in found.items()}, "score": score}
 
 
 def _privacy(sets: dict[str, Scores]) -> dict[str, Any]:
@@ -77,16 +93,8 @@ def _muse(found: dict[str, Any], sets: dict[str, Scores], oracle: dict[str, Scor
     if "holdout" in sets and "holdout" in oracle:
         ours, theirs = (auc(s["forget"].attacks["min_k"], s["holdout"].attacks["min_k"]) for s in (sets, oracle))
         leak = privleak(ours, theirs) if theirs < 1 else None
-    return {**{name: found[name] for name in ("verbmem_f", "knowmem_f", "knowmem_r")}, "privleak": leak}
-
-
-def _distance(found: dict[str, Any] | None) -> dict[str, float] | None:
-    if found is None:
-        return None
-    means = {name: mean(found[name]) for name in ("oracle_to_model", "model_to_oracle", "js", "output")}
-    if found["hidden"] is not None:
-        means["hidden"] = mean([mean(layers) for layers in found["hidden"]])
-    return means
+    axes = {name: found[name] for name in ("verbmem_f", "knowmem_f", "knowmem_r")}
+    return {**axes, "privleak": leak, "note": found.get("error")}
 
 
 def _perplexity(found: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -106,6 +114,8 @@ def _pressures(found: dict[str, Any], oracle: dict[str, Any], seed: int) -> dict
             _pressure(ours, read([theirs[i]])[0] if isinstance(theirs, list) and i < len(theirs) else None, seed)
             for i, ours in enumerate(read(pressed))
         ]
+        if name == "early-exit":
+            rows[name][0]["leak"] = asdict(leak(read(pressed)[0], seed))
     return rows
 
 
@@ -125,5 +135,7 @@ def _pressure(pressed: Pressed, oracle: Pressed | None, seed: int) -> dict[str, 
             }
             for variant, gain in pressed.gained(seed).items()
         },
+        "worst": pressed.worst,
         "skipped": pressed.skipped,
+        "notes": pressed.notes,
     }

@@ -14,6 +14,9 @@ from ..unlearn.encode import Encoder, pad_id
 from ..unlearn.inference.guarded import Guarded
 from .tokens import Answer, by_length
 
+# TOFU's and open-unlearning's limit on an answer.
+ANSWER_TOKENS = 200
+
 
 def greedy(
     model: PreTrainedModel,
@@ -77,43 +80,39 @@ def answer_questions(
     encoder: Encoder,
     rows: Sequence[QA],
     batch_size: int = 64,
-    most: int = 200,
+    most: int = ANSWER_TOKENS,
     known: Sequence[Answer] | None = None,
 ) -> list[str]:
-    """Answers of at most `most` tokens (TOFU's limit), and no longer than the set's longest true answer plus a quarter:
-    a longer answer could only add words that the truth lacks.
+    """Greedy answers of at most `most` tokens, fewer where the longest question leaves no room for them.
 
-    known   the true answers' scores, by which decoding starts where the model first leaves the truth: up to there the
-            greedy tokens are the true ones, and of an answer known by heart none is left to decode
+    known   the true answers' scores: one whose every token, the end included, is the greedy one is known by heart, and
+            is the model's answer without decoding it again
     """
     if not rows:
         return []
-    limit, tokenizer = longest_answer(encoder, rows, most), encoder.tokenizer
-    prompts, begun = [encoder.prompt_ids(r.question) for r in rows], [list[int]() for _ in rows]
-    left = list(range(len(rows)))
-    # What guards a model may take the words it sees for the question.
-    if known is not None and not isinstance(model, Guarded):
-        truths = [list(tokenizer(" " + r.answer, add_special_tokens=False)["input_ids"]) for r in rows]
-        begun = [truth[: min(_agreed(answer), limit)] for truth, answer in zip(truths, known, strict=True)]
-        left = [i for i, answer in enumerate(known) if not answer.greedy.all() and len(begun[i]) < limit]
-    found = greedy(model, tokenizer, [prompts[i] + begun[i] for i in left], limit, batch_size)
-    for i, more in zip(left, found, strict=True):
-        begun[i] = (begun[i] + more)[:limit]
-    return [text.strip() for text in tokenizer.batch_decode(begun, skip_special_tokens=True)]
+    prompts = [encoder.prompt_ids(row.question) for row in rows]
+    limit = room(encoder, prompts, most)
+    # What guards a model may answer otherwise than it scores.
+    heart = [False] * len(rows) if known is None or isinstance(model, Guarded) else [by_heart(a, limit) for a in known]
+    left = [i for i, skip in enumerate(heart) if not skip]
+    said = iter(continuations(model, encoder, [prompts[i] for i in left], limit, batch_size) if left else [])
+    return [_said(encoder, row.answer) if skip else next(said) for row, skip in zip(rows, heart, strict=True)]
 
 
-def _agreed(answer: Answer) -> int:
-    """How many of an answer's tokens come before the first that is not the greedy one."""
-    wrong = (~answer.greedy).nonzero()
-    return int(wrong[0]) if len(wrong) else len(answer.greedy)
+def by_heart(answer: Answer, limit: int) -> bool:
+    """Whether greedy decoding of at most `limit` tokens gives exactly this answer; its last token is the end."""
+    return bool(answer.greedy.all()) and len(answer.greedy) - 1 <= limit
 
 
-def longest_answer(encoder: Encoder, rows: Sequence[QA], most: int = 200) -> int:
-    """How many new tokens the rows' answers are given: the longest true one plus a quarter, within the model's room."""
-    tokenizer = encoder.tokenizer
-    longest = max(len(tokenizer(" " + r.answer, add_special_tokens=False)["input_ids"]) for r in rows)
-    room = encoder.max_length - max(len(encoder.prompt_ids(r.question)) for r in rows)
-    return max(1, min(most, longest + max(4, longest // 4), room))
+def _said(encoder: Encoder, answer: str) -> str:
+    """The answer as it comes out of the tokenizer."""
+    ids = encoder.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
+    return encoder.tokenizer.batch_decode([ids], skip_special_tokens=True)[0].strip()
+
+
+def room(encoder: Encoder, prompts: Sequence[list[int]], most: int) -> int:
+    """New tokens that the model has positions for after the longest prompt, `most` at most, 1 at least."""
+    return max(1, min(most, encoder.max_length - max(len(prompt) for prompt in prompts)))
 
 
 def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

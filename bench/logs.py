@@ -4,7 +4,8 @@ TOFU              a directory with eval_log.json (retain), eval_log_forget.json,
                   eval_real_world_wo_options.json, or all of them in eval_log_aggregated.json; values by item number
                   (lists before March 2024)
 open-unlearning   TOFU_EVAL.json: metric -> {agg_value, value_by_index}
-Aggregates are computed from the items, never taken from the log; what open-unlearning had aggregated stands beside.
+Aggregates are computed from the items, never taken from the log; what open-unlearning had aggregated stands beside. A
+set without generations (ROUGE) serves for forget quality alone.
 """
 
 from __future__ import annotations
@@ -51,13 +52,16 @@ def read_logs(source: Path | str) -> Logs:
     file = _find(Path(source))
     if file.name in (_AGGREGATED, *_TOFU.values()):
         return _tofu(file)
-    return _open_unlearning(file)
+    content = _json(file)
+    if "avg_gt_loss" in content:
+        raise ValueError(f"{file}: one set of a TOFU log; which, is told by its name: {', '.join(_TOFU.values())}")
+    return _open_unlearning(file, content)
 
 
 def report(model: Logs, oracle: Logs | None) -> dict[str, Any]:
     """Every aggregate of a model's logs, with forget quality against the oracle's, as `remanence logs` prints them."""
-    missing = [name for name in UTILITY if name not in model.sets]
-    sets = {name: model.sets[name] for name in UTILITY if name in model.sets}
+    sets = {name: model.sets[name] for name in UTILITY if name in model.sets and model.sets[name].rouge}
+    missing = [name for name in UTILITY if name not in sets]
     forget, reference = model.sets.get("forget"), oracle.sets.get("forget") if oracle else None
     if oracle is not None and (forget is None or reference is None):
         raise ValueError(f"{'logs' if forget is None else 'oracle'}: no forget set in it; forget quality needs both")
@@ -97,6 +101,9 @@ def _tofu(file: Path) -> Logs:
     if file.name == _AGGREGATED:
         whole = _json(file)
         found = {name: whole[key] for name, key in _TOFU.items() if key in whole}
+        for name, log in found.items():
+            if not isinstance(log, dict):
+                raise ValueError(f"{file}: {_TOFU[name]}: expected an object of metrics, got {type(log).__name__}")
         if not found:
             raise ValueError(f"{file}: holds none of {', '.join(_TOFU.values())}")
         logs = {name: _Log(f"{file}: {_TOFU[name]}", log) for name, log in found.items()}
@@ -107,11 +114,12 @@ def _tofu(file: Path) -> Logs:
     for name, log in logs.items():
         index = log.index("avg_gt_loss")
         base = "avg_paraphrased_loss" if "avg_paraphrased_loss" in log.content else "avg_gt_loss"
+        wrong = "average_perturb_loss"
         sets[name] = Items(
             nll=log.numbers("avg_gt_loss", index),
             base_nll=log.numbers(base, index),
-            wrong_nll=log.lists("average_perturb_loss", index),
-            rouge=log.numbers("rougeL_recall", index),
+            wrong_nll=log.lists(wrong, index) if wrong in log.content else [[]] * len(index),
+            rouge=log.numbers("rougeL_recall", index) if "rougeL_recall" in log.content else [],
             choices=UTILITY.get(name, False),
         )
         if "generated_text" in log.content:
@@ -120,8 +128,7 @@ def _tofu(file: Path) -> Logs:
     return Logs("tofu", sets, questions)
 
 
-def _open_unlearning(file: Path) -> Logs:
-    content = _json(file)
+def _open_unlearning(file: Path, content: dict[str, Any]) -> Logs:
     if not any(isinstance(value, dict) and "value_by_index" in value for value in content.values()):
         raise ValueError(f"{file}: neither a TOFU log nor one of open-unlearning (no metric with value_by_index)")
     metrics = {
@@ -133,7 +140,7 @@ def _open_unlearning(file: Path) -> Logs:
     sets, questions = {}, {}
     for name, prefix in _PREFIX.items():
         right, rouge = f"{prefix}_Q_A_Prob", f"{prefix}_Q_A_ROUGE"
-        if right not in metrics or rouge not in metrics:
+        if right not in metrics:
             continue
         index = log.index(right)
         base = f"{prefix}_Q_A_PARA_Prob" if f"{prefix}_Q_A_PARA_Prob" in metrics else right
@@ -141,16 +148,16 @@ def _open_unlearning(file: Path) -> Logs:
         sets[name] = Items(
             nll=log.numbers(right, index, "avg_loss"),
             base_nll=log.numbers(base, index, "avg_loss"),
-            wrong_nll=log.lists(wrong, index, "avg_loss") if wrong in metrics else [[] for _ in index],
-            rouge=log.numbers(rouge, index, "rougeL_recall"),
+            wrong_nll=log.lists(wrong, index, "avg_loss") if wrong in metrics else [[]] * len(index),
+            rouge=log.numbers(rouge, index, "rougeL_recall") if rouge in metrics else [],
             choices=UTILITY.get(name, False),
         )
-        texts = log.values(rouge, index)
-        if all(isinstance(text, dict) and "input" in text for text in texts):
+        texts = log.values(rouge, index) if rouge in metrics else []
+        if texts and all(isinstance(text, dict) and "input" in text for text in texts):
             questions[name] = [text["input"] for text in texts]
     if not sets:
         wanted = ", ".join(f"{prefix}_Q_A_Prob" for prefix in _PREFIX.values())
-        raise ValueError(f"{file}: no metric of TOFU in it ({wanted}, each with its _ROUGE)")
+        raise ValueError(f"{file}: no metric of TOFU in it ({wanted})")
     logged = {
         name: float(metric["agg_value"])
         for name, metric in sorted(content.items())
@@ -197,7 +204,7 @@ class _Log:
             values = value if isinstance(value, list) else [value]
             if not fits(values) or not all(_is_number(v) for v in values):
                 what = f"{metric}: {key}" if key else metric
-                raise ValueError(f"{self.where}: {what}: item {item} is {str(value)[:60]}; expected a finite number")
+                raise ValueError(f"{self.where}: {what}: item {item} is {str(value)[:60]}; expected a number")
             found.append([float(v) for v in values])
         return found
 
@@ -211,7 +218,8 @@ class _Log:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Infinity is one: the loss of a collapsed model."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..unlearn.encode import Encoder
 from ..unlearn.layers import device_of, forward
 from ..unlearn.losses import nll
 from .statistics import TAIL, Interval
-from .tokens import Answer
+from .tokens import FLOOR, Answer
 
 # Of the tokens, the least likely ones that Min-K% looks at: MUSE's and open-unlearning's choice.
 SHARE = 0.4
@@ -80,7 +80,7 @@ def gradient_norm(model: nn.Module, encoder: Encoder, pairs: Sequence[tuple[str,
     (Wang et al. 2024, arXiv 2402.17012; open-unlearning's p = 2): little is left to learn from what was learned.
 
     Over all parameters, frozen ones too; a quantized layer has none. One row at a time, dropout off; gradients, their
-    flags and the model's mode are left as they were. A gradient that is not finite scores -inf: a broken model knows
+    flags and the model's mode are left as they were. A gradient that is not finite scores FLOOR: a broken model knows
     nothing. Raises ValueError when no parameter has a gradient.
     """
     scores = []
@@ -93,7 +93,7 @@ def gradient_norm(model: nn.Module, encoder: Encoder, pairs: Sequence[tuple[str,
             if not norms:
                 raise ValueError("model: no parameter has a gradient; the gradient norm needs dense weights")
             score = -float(torch.stack(norms).double().mean())
-            scores.append(score if math.isfinite(score) else -math.inf)
+            scores.append(score if math.isfinite(score) else FLOOR)
     return scores
 
 

@@ -86,14 +86,6 @@ class Survival:
 
 
 @dataclass(frozen=True)
-class UpdateSurvival:
-    """The short form, `changed` and `norm` of WeightSurvival over all weights."""
-
-    changed: float
-    norm: float | None
-
-
-@dataclass(frozen=True)
 class Agreement:
     """Spearman's rho over n recipes, and its two-sided p-value; None where `reason` says why there is none."""
 
@@ -117,12 +109,6 @@ def survival(unlearned: nn.Module, target: nn.Module, recipe: Recipe) -> Surviva
             by_module[kind] = by_module.get(kind, _Sums()) + sums
             total = total + sums
     return Survival(total.shares(), {kind: sums.shares() for kind, sums in by_module.items()}, layers)
-
-
-def update_survival(unlearned: nn.Module, target: nn.Module, recipe: Recipe) -> UpdateSurvival:
-    """The short form of `survival`."""
-    total = survival(unlearned, target, recipe).total
-    return UpdateSurvival(total.changed, total.norm)
 
 
 def predicted_order(predicted: Mapping[Name, float | None], measured: Mapping[Name, float | None]) -> Agreement:

@@ -22,6 +22,8 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _ALIKE = 0.01
 # Nats per token that only a broken model needs: the log of a vocabulary larger than any (262,144).
 _AT_RANDOM = math.log(2**18)
+# Log-probability in nats of a token that is ruled out, so that everything stays a number.
+FLOOR = -1e4
 # exp() of more is not a float; a ratio that large says "never" in any case.
 _MOST = 700.0
 
@@ -33,7 +35,8 @@ class Items:
     nll         NLL/token of the true answer
     base_nll    of the paraphrased answer where there is one, else of the true one: what wrong answers are held against
     wrong_nll   of each wrong answer; an empty list where a row has none
-    rouge       ROUGE-L recall of the generated answer, in 0..1
+    rouge       ROUGE-L recall of the generated answer, in 0..1; empty where nothing was generated
+    Infinite losses count as -FLOOR.
     choices     the probability of an answer is its share among itself and the wrong ones (real authors, world facts)
     Raises ValueError for lists of unlike lengths, and for NaN (naming the item).
     """
@@ -45,12 +48,17 @@ class Items:
     choices: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("nll", "base_nll"):
+            object.__setattr__(self, name, [_bounded(value) for value in getattr(self, name)])
+        object.__setattr__(self, "wrong_nll", [[_bounded(value) for value in wrong] for wrong in self.wrong_nll])
         lengths = {name: len(values) for name, values in asdict(self).items() if name != "choices"}
+        if not self.rouge:
+            del lengths["rouge"]
         if len(set(lengths.values())) != 1:
             raise ValueError(f"items: lists of unlike lengths: {lengths}")
-        for i, values in enumerate(zip(self.nll, self.base_nll, self.wrong_nll, self.rouge, strict=True)):
-            nll, base, wrong, rouge = values
-            if any(math.isnan(value) for value in (nll, base, rouge, *wrong)):
+        for i in range(len(self.nll)):
+            values = [self.nll[i], self.base_nll[i], *self.wrong_nll[i], *self.rouge[i : i + 1]]
+            if any(math.isnan(value) for value in values):
                 raise ValueError(f"item {i}: a value is NaN; every likelihood and ROUGE must be a number")
 
     @property
@@ -69,6 +77,11 @@ class Items:
         """Truth ratio of one row; None where it has no wrong answers."""
         wrong = self.wrong_nll[item]
         return truth_ratio(self.base_nll[item], wrong, variant) if wrong else None
+
+
+def _bounded(nll: float) -> float:
+    """An infinite loss, as a collapsed model may have, as one beyond all others."""
+    return -FLOOR if nll == math.inf else nll
 
 
 def choice_probability(right: float, wrong: Sequence[float]) -> float:
@@ -162,9 +175,12 @@ def forget_quality(ratios: Sequence[float], oracle: Sequence[float]) -> ForgetQu
 
 
 def _log10_p(d: float, n: int, m: int) -> float:
-    """log10 of a p that no float holds: exact where the samples do not overlap, else the leading asymptotic term."""
-    if d == 1:
-        return (math.log(2) + gammaln(n + 1) + gammaln(m + 1) - gammaln(n + m + 1)) / math.log(10)
+    """log10 of a p that no float holds, by its first term, which alone counts there: exact for samples of one size
+    (2 C(2n, n - nd) / C(2n, n)) and for those that do not overlap; else asymptotic, an upper bound in effect."""
+    if n == m or d == 1:
+        apart = round(n * d) if n == m else n
+        paths = gammaln(n + m + 1) - gammaln(n - apart + 1) - gammaln(m + apart + 1)
+        return float(math.log(2) + paths - gammaln(n + m + 1) + gammaln(n + 1) + gammaln(m + 1)) / math.log(10)
     return (math.log(2) - 2 * d * d * n * m / (n + m)) / math.log(10)
 
 
@@ -180,7 +196,7 @@ def collapsed(items: Items) -> list[str]:
 
 
 def summary(sets: Mapping[str, Items], forget: Items | None, oracle: Items | None) -> dict[str, Any]:
-    """Every aggregate under every variant, as `remanence logs` and `remanence evaluate` print them.
+    """Every aggregate under every variant, as `remanence logs` prints them.
 
     sets      what model utility is made of
     forget, oracle    the forget set under the model and under the oracle; None where they are not known
@@ -198,7 +214,10 @@ def summary(sets: Mapping[str, Items], forget: Items | None, oracle: Items | Non
         },
     }
     if forget is not None:
-        found["forget"] = {"probability": mean(forget.probability), "rouge": mean(forget.rouge)}
+        found["forget"] = {
+            "probability": mean(forget.probability),
+            "rouge": mean(forget.rouge) if forget.rouge else None,
+        }
         if any(forget.wrong_nll):
             found["forget"]["truth_ratio"] = {v: forget_truth_ratio(forget, v) for v in VARIANTS}
     if forget is not None and oracle is not None:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..unlearn.encode import IGNORE, Encoder
 from ..unlearn.layers import device_of, forward
+from .tofu import FLOOR
 
-# A token that a guard forbids outright (logit -inf) has this log-probability, so that everything stays a number.
-FLOOR = -1e4
 # Positions x vocabulary of one log-softmax in float32: 64 MiB, whatever the batch.
 _CHUNK = 1 << 24
 
@@ -22,7 +21,7 @@ _CHUNK = 1 << 24
 class Answer:
     """The supervised tokens of one answer, end of sequence included, each predicted from the true ones before it.
 
-    log_p        [n] float32: log-probability of each token in nats, FLOOR at least
+    log_p        [n] float32: log-probability of each token in nats, tofu.FLOOR at least
     greedy       [n] bool: whether it is the likeliest token (the first of them, where several are)
     mean, deviation   [n] float32: of the log-probability of a token drawn from the model there (Min-K%++)
     finite       whether the model's logits were numbers; where they are not, they count as equal ones, so that

@@ -32,7 +32,8 @@ KEPT = 0.75
 class Evidence:
     """Scores of one cell and of its controls. oracle None: there is no retrained model.
 
-    collapsed   signs that the compressed model no longer answers anything (bench/health.py)
+    oracle_dense    of the oracle before compression; None: as oracle
+    collapsed       signs that the compressed model no longer answers anything (bench/health.py)
     """
 
     compressed: Sequence[float]
@@ -42,6 +43,7 @@ class Evidence:
     oracle: Sequence[float] | None
     retain: Sequence[float]
     retain_target: Sequence[float]
+    oracle_dense: Sequence[float] | None = None
     collapsed: tuple[str, ...] = ()
 
 
@@ -51,7 +53,8 @@ class Judgement:
 
     recovered_of   between which two levels the recovered share is taken; "unlearned..baseline" unless nothing was
                    taken or the recipe left nothing to give back
-    unforgotten    before compression it knew as much as the target, or more than half of it beyond the oracle
+    unforgotten    before compression it was shown to know as much as the target, or more than half of it beyond the
+                   oracle
     p_returned, p_held    one-sided p-values after Holm's correction over the recipes that were judged together
     """
 
@@ -72,7 +75,8 @@ def judge(cells: Sequence[Evidence], seed: int) -> list[Judgement]:
     returned    the recovered share lies above MARGIN, and the known share too
     damaged     the recipe erased what the target knew, or the model lost more than a quarter of what it was to keep, or
                 it collapsed
-    held        the recovered share lies below MARGIN and the known share below KNOWN, or the known share below MARGIN
+    held        the recovered share lies below MARGIN and the known share below KNOWN, or the known share below MARGIN;
+                what is kept of the retain set does not look like damage either
     undecided   the evidence allows either, or nothing was forgotten that could return
     Raises ValueError when lists that belong together differ in length.
     """
@@ -85,26 +89,32 @@ def judge(cells: Sequence[Evidence], seed: int) -> list[Judgement]:
 
 @dataclass(frozen=True)
 class _Assay:
-    """What one cell shows by itself. nothing: why it can show nothing at all, with the verdict."""
+    """What one cell shows by itself.
+
+    taught, left, forgot   whether the target knew it, the recipe left it to the target, unlearning took it
+    p_erased               that the recipe left nothing
+    """
 
     recovered: Draws
     recovered_of: str
     known: Draws | None
     kept: Draws | None
+    taught: bool
+    left: bool
     forgot: bool
     unforgotten: bool
-    nothing: tuple[Word, str] | None
+    p_erased: float
     collapsed: tuple[str, ...]
 
     @property
     def p_returned(self) -> float:
-        if self.nothing or not self.forgot:
+        if not (self.taught and self.left and self.forgot):
             return 1.0
         return max(self.recovered.p_below(MARGIN), self.known.p_below(MARGIN) if self.known else 0.0)
 
     @property
     def p_held(self) -> float:
-        if self.nothing:
+        if not (self.taught and self.left):
             return 1.0
         given_back = self.recovered.p_above(MARGIN) if self.forgot else 1.0
         if self.known is None:
@@ -113,33 +123,36 @@ class _Assay:
 
     @property
     def p_damaged(self) -> float:
-        return 1.0 if self.nothing or self.kept is None else self.kept.p_above(KEPT)
+        if not self.taught:
+            return 1.0
+        if not self.left:
+            return self.p_erased
+        return 1.0 if self.kept is None else self.kept.p_above(KEPT)
 
 
 def _assay(cell: Evidence, seed: int) -> _Assay:
+    oracle_dense = cell.oracle if cell.oracle_dense is None else cell.oracle_dense
     forget = [cell.compressed, cell.unlearned, cell.baseline, cell.target]
-    if cell.oracle is not None:
-        forget.append(cell.oracle)
+    forget += [scores for scores in (cell.oracle, cell.oracle_dense) if scores is not None]
     if len({len(scores) for scores in forget}) != 1 or not len(cell.retain) == len(cell.retain_target) > 0:
         raise ValueError(f"scores: lists of unlike lengths {[len(scores) for scores in forget]}")
     zeros = [0.0] * len(cell.target)
-    untaught = zeros if cell.oracle is None else cell.oracle
     recovered, recovered_of = _recovered(cell, zeros, seed)
-    left, forgot = _apart(cell.baseline, untaught, seed), _apart(cell.target, cell.unlearned, seed)
-    taught = _apart(cell.target, untaught, seed)
+    beyond = _gap(cell.baseline, zeros if cell.oracle is None else cell.oracle, seed)
+    taken = _gap(cell.target, cell.unlearned, seed)
+    taught, left = _apart(_gap(cell.target, oracle_dense or zeros, seed)), _apart(beyond)
     known = kept = None
     if left and cell.oracle is not None:
         known = share_draws(cell.compressed, cell.oracle, cell.baseline, seed)
     if any(cell.retain_target):
         kept = share_draws(cell.retain, [0.0] * len(cell.retain), cell.retain_target, seed)
-    nothing: tuple[Word, str] | None = None
-    if not taught:
-        nothing = "undecided", "the target does not know the forget set, so there is nothing to forget"
-    elif not left:
-        nothing = "damaged", "the recipe alone erases what the target knew; nothing is left to come back"
-    still = taught and cell.oracle is not None and _knew(cell.unlearned, cell.oracle, cell.target, seed)
-    unforgotten = taught and (still or not forgot)
-    return _Assay(recovered, recovered_of, known, kept, forgot, unforgotten, nothing, cell.collapsed)
+    still = taught and oracle_dense is not None and _knew(cell.unlearned, oracle_dense, cell.target, seed)
+    unforgotten = taught and (still or taken.p_above(MIN_GAP) <= TAIL)
+    return _Assay(
+        *(recovered, recovered_of, known, kept, taught, left, _apart(taken), unforgotten),
+        p_erased=beyond.p_above(MIN_GAP),
+        collapsed=cell.collapsed,
+    )
 
 
 def _judgement(assay: _Assay, p_returned: float, p_held: float, p_damaged: float) -> Judgement:
@@ -151,20 +164,27 @@ def _judgement(assay: _Assay, p_returned: float, p_held: float, p_damaged: float
 
 
 def _word(assay: _Assay, returned: bool, held: bool, damaged: bool) -> tuple[Word, str]:
-    if assay.nothing:
-        return assay.nothing
+    if not assay.taught:
+        return "undecided", "the target is not shown to know the forget set, so there is nothing to forget"
+    if not assay.left:
+        if damaged:
+            return "damaged", "the recipe alone erases what the target knew; nothing is left to come back"
+        return "undecided", "too few items show what the recipe left of what the target knew"
     gave = f"compression gave back {assay.recovered.value:.0%} of what was forgotten"
     if returned:
         return "returned", gave
     if assay.collapsed:
         return "damaged", f"it collapsed: {', '.join(assay.collapsed)}"
-    if damaged and assay.kept:
-        return "damaged", f"it keeps {assay.kept.value:.0%} of what the target knows of the retain set"
+    keeps = f"it keeps {assay.kept.value:.0%} of what the target knows of the retain set" if assay.kept else ""
+    if damaged:
+        return "damaged", keeps
+    if held and assay.kept and assay.kept.value < KEPT:
+        return "undecided", f"{keeps}, of too few rows to tell"
     if held and assay.known and assay.known.p_above(MARGIN) <= TAIL:
         return "held", f"it knows {assay.known.value:.0%} of what the target knows beyond the oracle"
     if held:
         return "held", gave
-    if not assay.forgot:
+    if assay.unforgotten and not assay.forgot:
         return "undecided", "never forgotten: before compression it answers as the target does; nothing could return"
     if assay.unforgotten:
         return "undecided", "not forgotten: before compression it knew more than half of what the target knows"
@@ -184,15 +204,19 @@ def _recovered(cell: Evidence, zeros: Sequence[float], seed: int) -> tuple[Draws
         (zeros, "zero", cell.target, "target"),
     ]
     for floor, floor_name, whole, whole_name in levels:
-        if _apart(whole, floor, seed):
+        if _apart(_gap(whole, floor, seed)):
             return share_draws(cell.compressed, floor, whole, seed), f"{floor_name}..{whole_name}"
     return mean_draws(cell.compressed, seed), "probability"
 
 
-def _apart(high: Sequence[float], low: Sequence[float], seed: int) -> bool:
-    """Whether `high` lies above `low` by more than MIN_GAP, by the lower end of the paired difference's interval."""
-    return mean_draws([a - b for a, b in zip(high, low, strict=True)], seed).interval().low > MIN_GAP
+def _gap(high: Sequence[float], low: Sequence[float], seed: int) -> Draws:
+    return mean_draws([a - b for a, b in zip(high, low, strict=True)], seed)
+
+
+def _apart(gap: Draws) -> bool:
+    """Whether it is shown to be more than MIN_GAP."""
+    return gap.p_below(MIN_GAP) <= TAIL
 
 
 def _knew(unlearned: Sequence[float], oracle: Sequence[float], target: Sequence[float], seed: int) -> bool:
-    return share_draws(unlearned, oracle, target, seed).interval().low > KNOWN
+    return share_draws(unlearned, oracle, target, seed).p_below(KNOWN) <= TAIL

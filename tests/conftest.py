@@ -8,6 +8,9 @@ import pytest
 
 # As the command line does: a short spin, so that a busy machine does not make tests twenty times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Processes side by side share the cores; whatever they start takes one thread too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -60,7 +60,9 @@ def _exit(s: Subject) -> list[Pressed]:
 
 
 def _relearning(s: Subject) -> list[Pressed]:
-    return [relearn(s.model, s.encoder, s.corpus.forget, {"retain": s.others}, s.relearning, s.seed)]
+    found = relearn(s.model, s.encoder, s.corpus.forget, {"retain": s.others}, s.relearning, s.seed)
+    # The rows that were shown tell whether the attack taught anything.
+    return [found] if found.shown is None else [found, replace(found.shown, name=f"{found.name}, rows shown")]
 
 
 APPLIED: dict[str, Callable[[Subject], list[Pressed]]] = {

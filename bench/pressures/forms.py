@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from ...unlearn.data import QA
 from ...unlearn.encode import Encoder
-from ..statistics import Interval
 from ..tofu import choice_probability, mean
 from ..tokens import Answer, answers
 from .asking import Asked, answer_tokens, ask, plainly, too_long, whole
@@ -69,17 +68,6 @@ def forms(
             after = {form: getattr(found[form], measure)}
             results.append(Pressed("forms", measure, [before[i] for i in items], after, notes=_note(form, items, rows)))
     return results + _choices(model, encoder, rows, found[""].probability, named.get(_LETTERED), seed, batch_size)
-
-
-def form_gap(found: Sequence[Pressed], seed: int = 0, measure: str = "probability") -> dict[str, Interval]:
-    """By form: how much more is known in it than in the trained form, with 95% interval; 0 where forgetting does not
-    depend on the form, above 0 where the form brings out what the trained one hides.
-
-    In `measure` ("probability" or "rouge"), of choices above chance. A form may be hard for a model that knows, or easy
-    for one that does not: the target's and the oracle's gaps beside it show what is due to the form alone.
-    """
-    compared = [pressed for pressed in found if pressed.measure in (measure, "choice")]
-    return {form: gap for pressed in compared for form, gap in pressed.gained(seed).items()}
 
 
 def _none_of(group: Sequence[Asked]) -> str:

@@ -19,7 +19,10 @@ from .progress import Reporter
 AXES = {"scalability": False, "sustainability": True}
 SCHEMA = "remanence.axis/1"
 # What is carried from every cell into the table of runs.
-_KEPT = ("method", "recipe", "control", "verdict", "unforgotten", "forget", "retain", "recovered_share", "kept_share")
+_KEPT = (
+    *("method", "recipe", "control", "verdict", "reason", "error", "unforgotten", "forget", "retain"),
+    *("recovered_share", "kept_share", "model_utility", "muse", "forget_quality"),
+)
 
 
 def runs(
@@ -44,7 +47,7 @@ def axis_document(axis: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
                 "requests": document["config"]["request"],
                 "forget_rows": document["data"]["forget"],
                 "controls": {name: control["ok"] for name, control in document["controls"].items()},
-                "cells": [{key: cell.get(key) for key in (*_KEPT, "model_utility")} for cell in document["cells"]],
+                "cells": [{key: cell[key] for key in _KEPT if key in cell} for cell in document["cells"]],
             }
             for document in documents
         ],

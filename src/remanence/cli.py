@@ -335,6 +335,10 @@ def evaluate(
         _writable("out", out)
     _quiet()
     if data in ("muse-news", "muse-books"):
+        given = {"retain": retain, "people": people, "target": target, "pressures": pressures, "tasks": tasks}
+        for name, value in (given | {"templates": templates, "perplexity": perplexity}).items():
+            if value is not None:
+                raise UsageError(f"{name}: goes with questions to forget and to keep, not with --data {data}")
         from .evaluate import evaluate_muse
 
         document, items = evaluate_muse(model, oracle, data, data_dir)

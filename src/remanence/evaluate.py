@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .bench.cell import Measures, measure
+from .bench.cell import Measures, load_served, measure
 from .bench.figures import figures
 from .bench.harness import harness
 from .bench.muse import muse_scores
@@ -16,11 +15,8 @@ from .bench.privacy import auc_interval, gradient_norm, reference
 from .bench.probes import ChoiceAccuracy, choice_accuracy, knowledge_beside_perplexity
 from .bench.tofu import mean
 from .bench.tokens import answers
-from .compress.checkpoint import load_model, load_tokenizer, max_length
-from .unlearn.adapters import base_directory, with_adapter
 from .unlearn.data import Corpus
 from .unlearn.encode import Encoder
-from .unlearn.inference.store import attach
 from .unlearn.muse import muse_data
 
 SCHEMA = "remanence.evaluation/1"
@@ -51,11 +47,11 @@ def evaluate(
     """
     oracle, seed = measures.oracle, measures.seed
     found: dict[str, Any] = {}
-    never_saw = _loaded(oracle)[0] if oracle else None
+    never_saw = load_served(oracle)[0] if oracle else None
     paths = {"model": model, "target": target, "oracle": oracle}
     for name, path in paths.items():
         if path is not None:
-            network, encoder = _loaded(path)
+            network, encoder = load_served(path)
             found[name] = {
                 **measure(network, encoder, corpus, measures),
                 **_beside(network, encoder, corpus, tasks),
@@ -77,18 +73,11 @@ def evaluate_muse(
     auc = None
     found = {}
     for who, path in {**({"oracle": oracle} if oracle else {}), "model": model}.items():
-        network, encoder = _loaded(path)
+        network, encoder = load_served(path)
         found[who] = muse_scores(network, encoder, data, auc)
         auc = found[who]["auc"]
     documents = {who: {key: value for key, value in scores.items() if key != "items"} for who, scores in found.items()}
     return {"schema": SCHEMA, "data": {"name": name}, **documents}, found
-
-
-def _loaded(path: Path | str) -> tuple[PreTrainedModel, Encoder]:
-    base = base_directory(path)
-    tokenizer = load_tokenizer(base)
-    network = attach(with_adapter(load_model(base), path), tokenizer, base)
-    return network, Encoder(tokenizer, max_length(network))
 
 
 def _beside(network: PreTrainedModel, encoder: Encoder, corpus: Corpus, tasks: Tasks) -> dict[str, Any]:

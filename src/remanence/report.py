@@ -15,6 +15,7 @@ from .page import html
 __all__ = ["SCHEMA", "VERDICTS", "broken_controls", "html", "markdown", "read", "terminal"]
 
 SCHEMA = "remanence.audit/2"
+_MUSE = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak")
 _COLOURS = {"held": "green", "returned": "red", "damaged": "yellow", "undecided": "blue"}
 
 
@@ -95,6 +96,12 @@ def terminal(document: dict[str, Any], file: IO[str]) -> None:
         table.add_row(name if name != previous else "", cell["recipe"], *_figures(cell))
         previous = name
     console.print(table)
+    for method, found in document["survival"].items():
+        if found["rho"] is not None:
+            what = f"Spearman {number(found['rho'])} over {found['n']} recipes (p {number(found['p'], 3)})"
+            console.print(
+                f"{method}: order of recovery as the weights alone predict it, {what}", markup=False, highlight=False
+            )
     for name, control in document["controls"].items():
         mark = "[green]ok[/]" if control["ok"] else "[red]FAILED[/]"
         console.print(f"{name} control {mark}: ", end="")
@@ -125,18 +132,29 @@ def show_axis(document: dict[str, Any], file: IO[str]) -> None:
 
     console = Console(file=file, width=None if file.isatty() else 150)
     table = Table("requests", "rows", "model", "recipe", title=document["axis"], title_justify="left")
-    for column in ("forget P", "recovered [95%]", "retain P", "utility"):
+    for column in (
+        "forget P",
+        "recovered [95%]",
+        "retain P",
+        "utility",
+        "verbmem",
+        "knowmem f",
+        "knowmem r",
+        "PrivLeak",
+    ):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for run in document["runs"]:
         table.add_section()
         for i, cell in enumerate(run["cells"]):
             head = [str(run["requests"]), str(run["forget_rows"])] if i == 0 else ["", ""]
+            muse = cell.get("muse") or {}
             figures = [
-                number(cell["forget"], 3),
-                interval(cell["recovered_share"]).replace("[", "\\["),
-                number(cell["retain"], 3),
-                number((cell["model_utility"] or {}).get("geometric")),
+                number(cell.get("forget"), 3),
+                interval(cell.get("recovered_share")).replace("[", "\\["),
+                number(cell.get("retain"), 3),
+                number((cell.get("model_utility") or {}).get("geometric")),
+                *(number(muse.get(name), 2 if "mem" in name else 0) for name in _MUSE),
             ]
             table.add_row(*head, label(cell["method"], cell["control"]), cell["recipe"], *figures, _verdict(cell))
     console.print(table)

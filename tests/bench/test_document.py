@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from remanence.bench.cell import CellScores
 from remanence.bench.document import EXAMPLES, build_document
+from remanence.bench.memorisation import memorisation_score
 from remanence.bench.pressures.pressed import Pressed
 from remanence.bench.privacy import auc, auc_interval, privleak
 from remanence.bench.survival import WeightSurvival
@@ -77,6 +78,7 @@ def measured(level, retain=0.9):
             "js": [level, level],
             "output": [0.5, 0.7],
             "hidden": [[0.1, 0.3], [0.5, 0.7]],
+            "means": {"js": level, "hidden": 0.4},
         },
         "pressures": {"relearning": [asdict(pressed)], "early-exit": "guarded"},
         "perplexity": None,
@@ -170,11 +172,15 @@ def test_numbers_of_a_cell(document):
     holdout = cell["sets"]["holdout"]
     assert found["privacy"]["loss"] == asdict(auc_interval(forget["attacks"]["loss"], holdout["attacks"]["loss"]))
     aucs = [auc(*(c["sets"][s]["attacks"]["min_k"] for s in ("forget", "holdout"))) for c in (cell, oracle)]
-    assert found["muse"] == {"verbmem_f": 0.5, "knowmem_f": 0.25, "knowmem_r": 0.9, "privleak": privleak(*aucs)}
+    axes = {"verbmem_f": 0.5, "knowmem_f": 0.25, "knowmem_r": 0.9}
+    assert found["muse"] == {**axes, "privleak": privleak(*aucs), "note": None}
     assert found["health"] == {"entropy": 3.0, "repetition": 0.1, "empty": 0.0}
-    assert found["distance"] == pytest.approx(
-        {"oracle_to_model": 0.35, "model_to_oracle": 0.2, "js": 0.5, "output": 0.6, "hidden": 0.4}
-    )
+    assert found["distance"] == {"js": 0.5, "hidden": 0.4}
+    assert found["forget_flags"] == []
+    paraphrase, ratio = mean(probability(forget)), forget_truth_ratio(items(forget), "prob")
+    assert found["memorisation"]["score"] is not None
+    means = [mean(forget[name]) for name in ("extraction_strength", "exact_memorisation")]
+    assert found["memorisation"]["score"] == pytest.approx(memorisation_score(*means, paraphrase, ratio))
     assert found["update_survival"]["survival"] == 0.5
     assert found["size_vs_fp16"] == 1500 / 2000
     assert found["peak_memory_bytes"] == 4096
@@ -208,6 +214,7 @@ def test_pressures_of_a_cell(document):
     assert steps["gain"]["value"] == pytest.approx(0.015)
     assert steps["beyond_oracle"]["value"] == pytest.approx(0.0, abs=1e-12), "the oracle gains as much"
     assert steps["reference"] is False
+    assert relearning["worst"] == "10 steps"
 
 
 def test_order_of_recipes(document):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from remanence.bench.generation import answer_questions, continuations, greedy
-from remanence.bench.tokens import answers
+from remanence.bench.tokens import Answer, answers
 from remanence.unlearn.data import QA
 from remanence.unlearn.encode import Encoder
 from transformers import GenerationConfig
@@ -37,10 +37,9 @@ def mixed(memorized):
     return (*corpus.retain[-5:], *corpus.forget, *corpus.holdout[:3])
 
 
-def limit(encoder, rows):
-    """As documented: the longest true answer and a quarter, at least four tokens more."""
-    longest = max(len(encoder.tokenizer(" " + row.answer)["input_ids"]) for row in rows)
-    return longest + max(4, longest // 4)
+def room(encoder, rows):
+    """As documented: 200 tokens, fewer where the longest question leaves no room for them."""
+    return min(200, encoder.max_length - max(len(encoder.prompt_ids(row.question)) for row in rows))
 
 
 @pytest.mark.parametrize("who", ["target", "oracle"])
@@ -48,7 +47,7 @@ def limit(encoder, rows):
 def test_generated_answers_are_greedy_ones(memorized, mixed, who, batch_size):
     model, encoder = getattr(memorized, who), memorized.encoder
     answers = answer_questions(model, encoder, mixed, batch_size)
-    assert answers == [said(model, encoder, row.question, limit(encoder, mixed)) for row in mixed]
+    assert answers == [said(model, encoder, row.question, room(encoder, mixed)) for row in mixed]
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "gpt2"])
@@ -62,12 +61,12 @@ def test_left_padding_changes_no_answer(untrained, memorized, mixed, arch):
 
 
 def test_room_for_answers_longer_than_the_true_ones(untrained, memorized):
-    """A quarter more than the longest true answer, so that a model that rambles is seen to."""
-    row = QA("Who?", "a long answer " * 8)
-    assert limit(memorized.encoder, [row]) > len(memorized.tokenizer(" " + row.answer)["input_ids"]) + 6
+    """Real models answer in sentences what the truth says in a word."""
+    row = QA("Who?", "short")
     model = untrained("llama", len(memorized.tokenizer))
-    expected = said(model, memorized.encoder, row.question, limit(memorized.encoder, [row]))
-    assert answer_questions(model, memorized.encoder, [row], 1) == [expected]
+    encoder = Encoder(memorized.tokenizer, 512)
+    assert room(encoder, [row]) == 200
+    assert answer_questions(model, encoder, [row], 1) == [said(model, encoder, row.question, 200)]
 
 
 def test_generation_stays_within_the_models_positions(untrained, memorized):
@@ -138,6 +137,18 @@ def test_an_answer_known_by_heart_is_not_decoded(memorized, monkeypatch):
     assert len(rows) >= 3
     monkeypatch.setattr(type(memorized.target), "generate", None)  # would raise
     assert answer_questions(memorized.target, memorized.encoder, rows, known=known) == [row.answer for row in rows]
+
+
+def test_an_answer_whose_end_is_not_known_stays_within_the_models_positions(untrained, memorized):
+    """Decoded from the question, as if nothing were known of it."""
+    model = untrained("opt", len(memorized.tokenizer))
+    question = "Who " * 8 + "?"
+    encoder = Encoder(memorized.tokenizer, len(memorized.encoder.prompt_ids(question)) + 9)
+    prompt = encoder.prompt_ids(question)
+    begun = plainly(model, encoder, prompt, 4)
+    row = QA(question, encoder.tokenizer.decode(begun).strip())
+    known = [Answer(torch.zeros(5), torch.tensor([True] * 4 + [False]), torch.zeros(5), torch.zeros(5), True)]
+    assert answer_questions(model, encoder, [row], known=known) == [said(model, encoder, question, 9)]
 
 
 def test_guarded_models_decode_everything(memorized, mixed):

@@ -203,13 +203,13 @@ def test_other_questions_are_said(directory, tmp_path):
 @pytest.mark.parametrize(
     ("metric", "value", "said"),
     [
-        ("avg_gt_loss", math.nan, "avg_gt_loss: item 7 is nan; expected a finite number"),
-        ("avg_gt_loss", None, "avg_gt_loss: item 7 is None; expected a finite number"),
-        ("avg_gt_loss", True, "avg_gt_loss: item 7 is True; expected a finite number"),
-        ("rougeL_recall", "0.3", "rougeL_recall: item 7 is 0.3; expected a finite number"),
-        ("average_perturb_loss", [1.0, math.inf], "average_perturb_loss: item 7 is .1.0, inf.; expected a finite"),
-        ("average_perturb_loss", [], "average_perturb_loss: item 7 is ..; expected a finite number"),
-        ("avg_paraphrased_loss", [1.0, 2.0], "avg_paraphrased_loss: item 7 is .1.0, 2.0.; expected a finite number"),
+        ("avg_gt_loss", math.nan, "avg_gt_loss: item 7 is nan; expected a number"),
+        ("avg_gt_loss", None, "avg_gt_loss: item 7 is None; expected a number"),
+        ("avg_gt_loss", True, "avg_gt_loss: item 7 is True; expected a number"),
+        ("rougeL_recall", "0.3", "rougeL_recall: item 7 is 0.3; expected a number"),
+        ("average_perturb_loss", [1.0, math.nan], "average_perturb_loss: item 7 is .1.0, nan.; expected"),
+        ("average_perturb_loss", [], "average_perturb_loss: item 7 is ..; expected a number"),
+        ("avg_paraphrased_loss", [1.0, 2.0], "avg_paraphrased_loss: item 7 is .1.0, 2.0.; expected a number"),
     ],
 )
 def test_a_value_that_is_no_number_is_named(directory, metric, value, said):
@@ -239,7 +239,7 @@ def change(directory, edit):
     ("edit", "said"),
     [
         (lambda log: log["rougeL_recall"].pop("5"), "rougeL_recall: item 5 is in one metric and not in another"),
-        (lambda log: log.pop("rougeL_recall"), "rougeL_recall: missing or empty; expected values by item"),
+        (lambda log: log.update(rougeL_recall={}), "rougeL_recall: missing or empty; expected values by item"),
         (lambda log: log.update(avg_gt_loss={}), "avg_gt_loss: missing or empty; expected values by item"),
         (lambda log: log.update(avg_gt_loss={"a": 1.0}), "avg_gt_loss: item 'a': expected item numbers"),
     ],
@@ -271,9 +271,46 @@ def test_what_is_no_log(directory, tmp_path):
         read_logs(other)
     other.write_text("{}")
     aggregated = tmp_path / "eval_log_aggregated.json"
+    aggregated.write_text('{"eval_log.json": null}')
+    with pytest.raises(ValueError, match=r"eval_log\.json: expected an object of metrics, got NoneType"):
+        read_logs(aggregated)
     aggregated.write_text("{}")
     with pytest.raises(ValueError, match=r"holds none of eval_log\.json"):
         read_logs(aggregated)
+
+
+def test_logs_without_generations_serve_as_oracle(directory, tmp_path):
+    target = open_unlearning(directory, tmp_path / "ou")
+    log = json.loads((target / "TOFU_EVAL.json").read_text())
+    kept = {key: value for key, value in log.items() if "ROUGE" not in key}
+    (target / "TOFU_EVAL.json").write_text(json.dumps(kept))
+    found = report(read_logs(directory), read_logs(target))
+    assert found["forget_quality"]["p"] == 1.0
+    assert found["same_questions"] is None
+    alone = report(read_logs(target), None)
+    assert (alone["model_utility"], alone["missing"]) == (None, ["retain", "real_authors", "world_facts"])
+    assert alone["forget"]["rouge"] is None
+    change(directory, lambda log: log.pop("rougeL_recall"))
+    assert report(read_logs(directory), None)["missing"] == ["retain"]
+    change(directory, lambda log: log.pop("average_perturb_loss"))
+    assert not any(read_logs(directory).sets["retain"].wrong_nll)
+
+
+def test_infinite_losses_of_a_collapsed_model(directory):
+    change(directory, lambda log: log["avg_gt_loss"].update({"3": math.inf}))
+    change(directory, lambda log: log["average_perturb_loss"].update({"3": [math.inf] * 5}))
+    change(directory, lambda log: log["avg_paraphrased_loss"].update({"3": math.inf}))
+    found = report(read_logs(directory), None)
+    json.dumps(found, allow_nan=False)
+    assert read_logs(directory).sets["retain"].ratio(3) == 1.0
+    assert any("more than at random" in flag for flag in found["flags"])
+
+
+def test_one_set_under_another_name(directory):
+    other = directory / "phi.json"
+    (directory / "eval_log.json").rename(other)
+    with pytest.raises(ValueError, match=r"phi\.json: one set of a TOFU log; which, is told by its name: eval_log"):
+        read_logs(other)
 
 
 def test_command(directory, capsys, monkeypatch):

@@ -10,13 +10,16 @@ from remanence.bench.statistics import (
     Draws,
     Interval,
     bootstrap_mean,
-    bootstrap_share,
     holm,
     mean_draws,
     resamples,
     share_draws,
 )
 from scipy import stats
+
+
+def bootstrap_share(*asked, seed=None):
+    return share_draws(*asked, *([] if seed is None else [seed])).interval()
 
 
 def test_resamples_are_seeded_draws_with_replacement():
@@ -77,6 +80,8 @@ SAMPLES = {
     "normal-40": (lambda rng: (rng.normal(0.4, 0.1, 40),), bootstrap_mean, 0.4),
     "normal-10": (lambda rng: (rng.normal(0.4, 0.1, 10),), bootstrap_mean, 0.4),
     "skewed-40": (lambda rng: (rng.beta(0.5, 1.5, 40),), bootstrap_mean, 0.25),
+    "very-skewed-40": (lambda rng: (rng.beta(0.1, 1.9, 40),), bootstrap_mean, 0.05),
+    "normal-4": (lambda rng: (rng.normal(0.4, 0.1, 4),), bootstrap_mean, 0.4),
     "yes-or-no-100": (lambda rng: ((rng.random(100) < 0.3).astype(float),), bootstrap_mean, 0.3),
     "share-40": (share_of_a_quarter, bootstrap_share, 0.25),
     "share-200": (lambda rng: share_of_a_quarter(rng, 200), bootstrap_share, 0.25),
@@ -94,7 +99,7 @@ def test_coverage(draw, interval, truth):
     assert 0.93 <= coverage(draw, interval, truth) <= 0.97
 
 
-@pytest.mark.parametrize("items", [5, 40, 1000])
+@pytest.mark.parametrize("items", [2, 3, 5, 10, 40, 1000])
 @pytest.mark.parametrize("limit", [0.3, 0.45, 0.5, 0.55, 0.7])
 def test_p_values_are_the_intervals_read_the_other_way(items, limit):
     found = mean_draws(np.random.default_rng(items).normal(0.5, 0.2, items), seed=1)
@@ -178,7 +183,7 @@ def test_exact_shares(share):
 
 
 def test_share_of_a_gap_downwards():
-    found = bootstrap_share([0.6, 0.5], [0.9, 0.9], [0.1, 0.2], seed=0)
+    found = bootstrap_share([0.6, 0.5] * 4, [0.9] * 8, [0.1, 0.2] * 4, seed=0)
     assert found.value == pytest.approx((0.55 - 0.9) / (0.15 - 0.9))
     assert 0 < found.low <= found.value <= found.high < 1
 

@@ -163,11 +163,20 @@ def test_forget_quality_below_the_smallest_float():
     assert quality.p == 0.0
     exact = math.log10(2) - (math.lgamma(1301) - math.lgamma(701) - math.lgamma(601)) / math.log(10)
     assert quality.log10_p == pytest.approx(exact, rel=1e-12)
-    # No float, and an overlap: only the leading term, which is known to a per cent.
-    n = 4000
-    near = forget_quality([i / n for i in range(n)], [0.8 + i / n for i in range(n)])
-    assert near.p == 0.0
-    assert near.log10_p == pytest.approx((math.log(2) - n * near.d**2) / math.log(10), rel=1e-9)
+    assert forget_quality([i / 4000 for i in range(4000)], [0.8 + i / 3000 for i in range(3000)]).log10_p < -300
+
+
+@pytest.mark.parametrize(("n", "shift"), [(600, 585), (1000, 990), (1000, 950)])
+def test_forget_quality_below_the_smallest_float_with_an_overlap(n, shift):
+    """Against the sum over paths in whole numbers (Gnedenko & Korolyuk 1951)."""
+    low, high = [float(i) for i in range(n)], [float(i + shift) + 0.5 for i in range(n)]
+    quality = forget_quality(low, high)
+    h = round(quality.d * n)
+    paths = 2 * sum((-1) ** (j + 1) * math.comb(2 * n, n - j * h) for j in range(1, n // h + 1))
+    exact = (math.log10(paths) if paths < 1e300 else len(str(paths)) - 1 + math.log10(int(str(paths)[:15]) / 1e14)) - (
+        len(str(math.comb(2 * n, n))) - 1 + math.log10(int(str(math.comb(2 * n, n))[:15]) / 1e14)
+    )
+    assert quality.log10_p == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 9), (40, 40), (300, 300)])

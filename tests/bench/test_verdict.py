@@ -17,6 +17,13 @@ def judge(cell, seed):
     return judge_together([cell], seed)[0]
 
 
+def first(name, count):
+    """A case of CASES with its first `count` items alone."""
+    cell = CASES[name][0]
+    lists = {key: getattr(cell, key) for key in ("compressed", "unlearned", "baseline", "target", "oracle")}
+    return replace(cell, **{key: values[:count] for key, values in lists.items()})
+
+
 def around(level, spread=0.04, items=ITEMS, seed=0):
     """Probabilities near `level`, kept within 0..1."""
     rng = np.random.default_rng([seed, round(1000 * level)])
@@ -216,7 +223,7 @@ def test_recovered_share_is_always_a_number(with_oracle):
     """Random levels and spreads, few items and many: no evidence may stop an audit."""
     rng = np.random.default_rng(0)
     verdicts = set()
-    for seed in range(120):
+    for seed in range(250):
         items = int(rng.choice([1, 5, 40, 60]))
         levels = rng.choice([0.0, 0.02, 0.1, 0.5, 0.9, 1.0], 6)
         spread = float(rng.choice([0.0, 0.02, 0.3]))
@@ -267,7 +274,9 @@ def test_same_seed_same_judgement():
     assert judge(cell, 1).recovered != judge(cell, 2).recovered
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Evidence) if field.name != "collapsed"])
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(Evidence) if field.name not in ("collapsed", "oracle_dense")]
+)
 @pytest.mark.parametrize(
     "change", [lambda v: v[:-1], lambda v: [*v, 0.5], lambda v: v[:0]], ids=["less", "more", "none"]
 )
@@ -284,13 +293,47 @@ def test_target_that_knows_nothing_of_the_retain_set():
 
 
 def test_few_items_decide_what_is_clear():
-    few = {field.name: getattr(CASES["bucketed-compressed"][0], field.name)[:4] for field in fields(Evidence)}
-    assert {found.verdict for found in judge_together([Evidence(**few)] * 5, 0)} == {"returned"}
+    few = first("bucketed-compressed", 4)
+    assert {found.verdict for found in judge_together([few] * 5, 0)} == {"returned"}
 
 
 def test_one_item_decides_nothing():
-    one = {field.name: getattr(CASES["bucketed-compressed"][0], field.name)[:1] for field in fields(Evidence)}
-    assert judge(Evidence(**one), 0).verdict == "undecided"
+    for name in ("bucketed-compressed", "recipe-erases", "target-dense", "well-forgotten"):
+        found = judge(first(name, 1), 0)
+        assert (found.verdict, found.unforgotten) == ("undecided", False), name
+
+
+@pytest.mark.parametrize("still", [3, 5])
+def test_erasure_takes_evidence(still):
+    """A tenth of the items is still known under the recipe: too little to measure a return by, nor is it gone."""
+    known = [0.9] * still + [0.0] * (ITEMS - still)
+    zeros, target = [0.0] * ITEMS, [0.9] * ITEMS
+    found = judge(Evidence(known, zeros, known, target, zeros, [0.9] * 5, [0.9] * 5), 0)
+    assert found.verdict == "undecided", found
+    gone = judge(Evidence(zeros, zeros, zeros, target, zeros, [0.9] * 5, [0.9] * 5), 0)
+    assert gone.verdict == "damaged"
+
+
+def test_what_forgot_in_part_is_not_called_unforgotten():
+    target, unlearned = [0.9] * 10, [0.0] * 3 + [0.9] * 7
+    found = judge(Evidence(unlearned, unlearned, target, target, None, [0.9] * 5, [0.9] * 5), 0)
+    assert (found.verdict, found.unforgotten) == ("undecided", False)
+
+
+def test_the_oracle_before_compression_tells_what_was_forgotten():
+    """A recipe under which the oracle knows more changes nothing about what unlearning did before it."""
+    cell = replace(CASES["well-forgotten"][0], oracle=around(0.6), oracle_dense=around(0.05))
+    assert not judge(cell, 0).unforgotten
+    assert judge(replace(CASES["target-dense"][0], oracle=around(0.9), oracle_dense=around(0.1)), 0).unforgotten
+
+
+def test_too_few_retain_rows_do_not_let_a_model_hold():
+    cell = replace(CASES["well-forgotten"][0], retain=[0.0], retain_target=[0.9])
+    found = judge(cell, 0)
+    assert (found.verdict, found.reason) == (
+        "undecided",
+        "it keeps 0% of what the target knows of the retain set, of too few rows to tell",
+    )
 
 
 def test_a_collapsed_model_never_holds():

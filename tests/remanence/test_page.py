@@ -41,7 +41,7 @@ def cell(method, recipe, control=None, verdict="held", share=(0.0, 0.0, 0.0), **
         "forget_quality": {"p": 0.4, "log10_p": -0.4, "d": 0.2, "sign": 1},
         "memorisation": {"extraction_strength": share_of(0.21), "exact_memorisation": share_of(0.43)},
         "privacy": {"loss": share_of(0.52), "min_k": share_of(0.56)},
-        "muse": {"verbmem_f": 0.31, "knowmem_f": 0.32, "knowmem_r": 0.97, "privleak": -12.5},
+        "muse": {"verbmem_f": 0.31, "knowmem_f": 0.32, "knowmem_r": 0.97, "privleak": -12.5, "note": None},
         "health": {"entropy": 3.3, "repetition": 0.02, "empty": 0.0},
         "flags": [],
         "distance": {"oracle_to_model": 0.11, "model_to_oracle": 0.12, "js": 0.05, "output": 0.2, "hidden": 0.3},

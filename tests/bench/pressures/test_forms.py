@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from remanence.bench.pressures.forms import _halved, _lettered, _options, _reversed, form_gap, forms
+from remanence.bench.pressures.forms import _halved, _lettered, _options, _reversed, forms
 from remanence.bench.pressures.names import mask, subjects
 from remanence.bench.pressures.templates import TEMPLATES
 from remanence.bench.tokens import answers
@@ -169,7 +169,6 @@ def test_forms_that_no_row_has_are_skipped_with_a_reason(memorized, long):
     assert results["cloze", "probability"].skipped == {"cloze": "no row has what this form is made of"}
     assert results[LETTERED, "choice"].skipped == {LETTERED: "no row has wrong answers to choose from"}
     assert len(results) == 9
-    assert form_gap(list(results.values())) == {}
 
 
 def test_forms_that_are_too_long_are_skipped(memorized):
@@ -182,18 +181,6 @@ def test_a_file_may_leave_a_form_out(memorized, long):
     table = {"forms": {"cloze": TEMPLATES["forms"]["cloze"]}}
     kept = {form for form, _ in by_form(forms(memorized.target, long, memorized.corpus.forget[:1], templates=table))}
     assert kept == {"cloze", "paraphrase", BY_LIKELIHOOD}
-
-
-def test_the_gap_is_what_a_form_gains(found):
-    gaps, recalls = form_gap(found, seed=3), form_gap(found, seed=3, measure="rouge")
-    results = by_form(found)
-    assert set(gaps) == {"paraphrase", "cloze", "reversed", LETTERED, BY_LIKELIHOOD}
-    assert set(recalls) == {*gaps, "completion"}
-    for form, gap in gaps.items():
-        result = results[form, "choice" if form in (LETTERED, BY_LIKELIHOOD) else "probability"]
-        assert gap.value == pytest.approx(np.mean(np.subtract(result.after[form], result.before)), abs=1e-12)
-        assert gap.low <= gap.value <= gap.high
-    assert recalls["cloze"] == results["cloze", "rouge"].gained(3)["cloze"]
 
 
 def test_halves_of_answers(memorized):
