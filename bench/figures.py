@@ -78,8 +78,8 @@ def _memorisation(corpus: Corpus, forget: Scores, seed: int) -> dict[str, Any]:
     score = None
     if all(row.paraphrased_answer for row in corpus.forget) and all(forget.items.wrong_nll):
         paraphrase = mean([math.exp(-nll) for nll in forget.items.base_nll])
-        values = [interval.value for interval in found.values()]
-        score = memorisation_score(*values, paraphrase, forget_truth_ratio(forget.items, "prob"))
+        strength, exact = (interval.value for interval in found.values())
+        score = memorisation_score(strength, exact, paraphrase, forget_truth_ratio(forget.items, "prob"))
     return {**{name: asdict(interval) for name, interval in found.items()}, "score": score}
 
 
