@@ -18,7 +18,7 @@ audit: $(STAMP)
 	@time "$(BIN)/remanence" audit --out "$(OUT)" $(ARGS)
 
 test: $(STAMP)
-	@time "$(BIN)/python" -m pytest -n "$(JOBS)" --dist loadfile $(ARGS)
+	@time "$(BIN)/python" -m pytest -n "$(JOBS)" --dist worksteal $(ARGS)
 
 # What CI runs besides the tests: style, and the types of the package as it is installed.
 check: $(STAMP)
