@@ -130,7 +130,7 @@ def show_axis(document: dict[str, Any], file: IO[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=file, width=None if file.isatty() else 150)
+    console = Console(file=file, width=None if file.isatty() else 190)
     table = Table("requests", "rows", "model", "recipe", title=document["axis"], title_justify="left")
     for column in (
         "forget P",
