@@ -109,13 +109,11 @@ def _pressures(found: dict[str, Any], oracle: dict[str, Any], seed: int) -> dict
         if isinstance(pressed, str):
             rows[name] = {"error": pressed}
             continue
-        theirs = oracle.get(name)
-        rows[name] = [
-            _pressure(ours, read([theirs[i]])[0] if isinstance(theirs, list) and i < len(theirs) else None, seed)
-            for i, ours in enumerate(read(pressed))
-        ]
+        ours = read(pressed)
+        theirs = read(oracle[name]) if isinstance(oracle.get(name), list) else []
+        rows[name] = [_pressure(found, theirs[i] if i < len(theirs) else None, seed) for i, found in enumerate(ours)]
         if name == "early-exit":
-            rows[name][0]["leak"] = asdict(leak(read(pressed)[0], seed))
+            rows[name][0]["leak"] = asdict(leak(ours[0], seed))
     return rows
 
 

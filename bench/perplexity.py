@@ -21,14 +21,12 @@ from ..unlearn.data import read_text
 from ..unlearn.encode import Batch, pad_id
 from ..unlearn.layers import device_of, forward
 from .statistics import Interval, bootstrap_mean
-from .tokens import FLOOR, log_probabilities
+from .tokens import CHUNK, FLOOR, log_probabilities
 
 # The window of published numbers; many a model takes more than a device can hold logits of.
 WINDOW = 2048
 # exp() of more is not a float.
 _MOST = 700.0
-# Positions x vocabulary of one log-softmax in float32: 64 MiB.
-CHUNK = 1 << 24
 
 _HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
 _NAMES = ("test.txt", "wiki.test.raw", "wiki.test.tokens", "test-00000-of-00001.parquet")

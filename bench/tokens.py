@@ -14,7 +14,7 @@ from ..unlearn.layers import device_of, forward
 from .tofu import FLOOR
 
 # Positions x vocabulary of one log-softmax in float32: 64 MiB, whatever the batch.
-_CHUNK = 1 << 24
+CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 def _columns(logits: Tensor, tokens: Tensor) -> list[Tensor]:
     """What Answers are made of, [n] each on the CPU, from logits [n, V] and tokens [n]."""
-    size = max(1, _CHUNK // logits.shape[1])
+    size = max(1, CHUNK // logits.shape[1])
     parts = [_part(z, y) for z, y in zip(logits.split(size), tokens.split(size), strict=True)]
     return [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -91,9 +91,15 @@ def read_rows(path: Path | str) -> list[QA]:
         if not text.strip():
             raise ValueError(f"{path}: empty; expected running text")
         return [QA("", text)]
+    return [_row(value, where) for where, value in json_values(path, text)]
+
+
+def json_values(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, value) of each row in the text of a JSON array or of JSON lines; ValueError names the line."""
     if text.lstrip().startswith("["):
-        return [_row(value, f"{path}: row {i}") for i, value in enumerate(_array(path, text), 1)]
-    rows = []
+        for i, value in enumerate(_array(path, text), 1):
+            yield f"{path}: row {i}", value
+        return
     # Not splitlines(): JSON strings may hold U+2028, U+0085 and other characters that it takes for line ends.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -101,8 +107,7 @@ def read_rows(path: Path | str) -> list[QA]:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-            rows.append(_row(value, f"{path}:{number}"))
-    return rows
+            yield f"{path}:{number}", value
 
 
 def read_text(path: Path) -> str:

@@ -7,14 +7,13 @@ Nothing of the data is shipped here, as it has no licence of its own.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import QA, Corpus, EvalSet, read_rows, read_text, spread
+from .data import QA, Corpus, EvalSet, json_values, read_rows, read_text, spread
 
 _HUB = {"muse-news": "muse-bench/MUSE-News", "muse-books": "muse-bench/MUSE-Books"}
 _ENDINGS = ("jsonl", "json", "txt", "parquet")
@@ -183,7 +182,7 @@ def _read(path: Path, fields: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     if path.suffix == ".parquet":
         found = [(f"{path}: row {i}", row) for i, row in enumerate(_columns(path, fields), 1)]
     else:
-        found = [(where, _values(value, fields, where)) for where, value in _json(path)]
+        found = [(where, _values(value, fields, where)) for where, value in list(json_values(path, read_text(path)))]
     if not found:
         raise ValueError(f"{path}: no rows")
     for where, row in found:
@@ -201,25 +200,6 @@ def _values(value: object, fields: tuple[str, ...], where: str) -> tuple[Any, ..
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object with {' and '.join(fields)}, got {type(value).__name__}")
     return tuple(value.get(field) for field in fields)
-
-
-def _json(path: Path) -> list[tuple[str, object]]:
-    """(where it stands, value) of every row of a JSON array, or of JSON lines."""
-    text = read_text(path)
-    try:
-        if text.lstrip().startswith("["):
-            return [(f"{path}: row {i}", value) for i, value in enumerate(json.loads(text), 1)]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    rows = []
-    # Not splitlines(): JSON strings may hold characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-    return rows
 
 
 def _columns(path: Path, names: tuple[str, ...]) -> list[tuple[Any, ...]]:

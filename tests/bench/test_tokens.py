@@ -134,7 +134,7 @@ def test_the_first_of_equal_tokens_is_the_greedy_one(memorized):
 
 def test_a_large_vocabulary_is_taken_in_pieces(memorized, pairs, monkeypatch):
     whole = answers(memorized.target, memorized.encoder, pairs[:4])
-    monkeypatch.setattr("remanence.bench.tokens._CHUNK", 2 * len(memorized.tokenizer))
+    monkeypatch.setattr("remanence.bench.tokens.CHUNK", 2 * len(memorized.tokenizer))
     for one, other in zip(whole, answers(memorized.target, memorized.encoder, pairs[:4]), strict=True):
         assert one.log_p.equal(other.log_p)
         assert one.greedy.equal(other.greedy)
