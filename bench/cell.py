@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..compress.checkpoint import compress_to, load_model, load_tokenizer, max_length, save_model, weight_bytes
-from ..compress.spec import Recipe
-from ..compress.walk import compress_
+from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
+from ..compress.sequential import LayerReport, Report, compress_
+from ..compress.spec import FOLDING, Recipe
+from ..compress.stream import compress_to
 from ..unlearn.adapters import base_directory, with_adapter
-from ..unlearn.data import Corpus, EvalSet
+from ..unlearn.calibration import calibration_batches, default_calibration
+from ..unlearn.data import Corpus, EvalSet, running_text
 from ..unlearn.encode import Encoder, pad_id
 from ..unlearn.inference.store import attach, carry
 from ..unlearn.muse import SHOTS, muse_from_corpus
@@ -27,11 +31,11 @@ from .pressures.apply import Subject, apply
 from .pressures.relearn import DEMO, Relearning
 from .pressures.templates import TEMPLATES, load_templates
 from .speed import decode_speed
-from .survival import survival
+from .survival import Survival, survival
 from .tofu import mean
 
 # Raise this when a change here makes earlier measurements wrong.
-CELL_VERSION = 3
+CELL_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Measures:
     oracle   a model retrained without the forget set, to measure the distance to
     pressures   by name (bench/pressures/catalog.py); templates: a file of one's own for those of asking
     text     a file or directory of running text for the perplexity, "wikitext" for the hub's WikiText-2
+    calibration_text   a text file for recipes that are calibrated on running text
     demo     whether the models are a thousand times smaller than those that settings are made for
     """
 
@@ -48,6 +53,7 @@ class Measures:
     pressures: tuple[str, ...] = ()
     templates: Path | str | None = None
     text: Path | str | None = None
+    calibration_text: Path | str | None = None
     demo: bool = False
     seed: int = 0
 
@@ -89,13 +95,15 @@ def measure_cell(
     `scratch` is an existing directory for the checkpoint, which is gone afterwards.
     """
     start = time.perf_counter()
+    measures = measures or Measures()
     checkpoint = Path(base_directory(model_path))
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     parameters = sum(p.numel() for p in model.parameters())
     left = None
+    layers: list[LayerReport] = []
     try:
-        left = survival(model, load_model(target_path), recipe)
-        compress_(model, recipe)
+        batches = _batches(recipe, Encoder(tokenizer, max_length(model)), corpus, measures)
+        model, left = _compressed(model, load_model(target_path), recipe, batches, layers.append)
     except ValueError as error:
         if recipe.compresses:
             return {"error": str(error)}
@@ -103,11 +111,11 @@ def measure_cell(
     if recipe.compresses:
         checkpoint = scratch / "checkpoint"
         save_model(model, tokenizer, checkpoint, recipe)
-        carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target))
+        carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target, batches))
         model = load_model(checkpoint)
     model = attach(with_adapter(model, model_path), tokenizer, checkpoint)
     encoder = Encoder(tokenizer, max_length(model))
-    found = measure(model, encoder, corpus, measures or Measures())
+    found = measure(model, encoder, corpus, measures)
     # A model's own settings (repetition penalty, sampling) are not what is timed.
     model.generation_config = GenerationConfig()
     prompt = encoder.prompt_ids(corpus.forget[0].question)
@@ -121,9 +129,32 @@ def measure_cell(
         "parameters": parameters,
         "size_bytes": size,
         "update_survival": None if left is None else asdict(left),
+        "layers": [asdict(layer) for layer in layers],
         "decode": asdict(speed),
         "measured_s": time.perf_counter() - start,
     }
+
+
+def _batches(recipe: Recipe, encoder: Encoder, corpus: Corpus, measures: Measures) -> list[Tensor]:
+    """Calibration data for the recipes that need it; by default what a deployment has, the retain set."""
+    if not recipe.calibrated:
+        return []
+    text = None if measures.calibration_text is None else running_text(measures.calibration_text)
+    wanted = recipe.calibration or default_calibration(corpus.retain)
+    rows = {"retain": corpus.retain, "forget": corpus.forget}
+    return calibration_batches(wanted, encoder, rows, text, measures.seed)
+
+
+def _compressed(
+    model: PreTrainedModel, target: PreTrainedModel, recipe: Recipe, batches: list[Tensor], report: Report
+) -> tuple[PreTrainedModel, Survival | None]:
+    """The model compressed, and what is left of its update at the weights: None where weights cannot be compared."""
+    if recipe.calibrated and recipe.method not in FOLDING:
+        ours = compress_(copy.deepcopy(model), recipe, batches, report)
+        theirs = compress_(copy.deepcopy(target), recipe, batches)
+        return ours, survival(model, target, recipe, (ours, theirs))
+    left = None if recipe.method in FOLDING else survival(model, target, recipe)
+    return compress_(model, recipe, batches, report), left
 
 
 def load_served(path: Path | str) -> tuple[PreTrainedModel, Encoder]:

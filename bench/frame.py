@@ -13,6 +13,10 @@ from typing import Any
 BENCHES = {
     "w4-linear": ("w4_linear", "the native W4A16 linear beside torch's fp32, bf16 and int4 linears"),
     "unlearning": ("unlearning", "every training method on real TOFU rows: forgets, keeps, survives 4 bits, costs"),
+    "ptq": (
+        "ptq",
+        "our quantizers beside GPTQModel's and llm-compressor's; what each brings back, by calibration data",
+    ),
     "evaluation": ("evaluation", "TOFU's whole evaluation in batches beside the same work one example at a time"),
     "startup": ("startup", "seconds until `--help` and `import remanence` are done"),
 }

@@ -19,6 +19,7 @@ import torch
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 
+from ..compress.linear import QuantLinear
 from ..compress.spec import Recipe
 from ..compress.walk import compressed_weight, linears, quantize_weight, weight_of
 
@@ -95,15 +96,22 @@ class Agreement:
     reason: str | None = None
 
 
-def survival(unlearned: nn.Module, target: nn.Module, recipe: Recipe) -> Survival:
+def survival(
+    unlearned: nn.Module, target: nn.Module, recipe: Recipe, packed: tuple[nn.Module, nn.Module] | None = None
+) -> Survival:
     """Over all linear layers that `recipe` does not ignore, one after the other; the models stay as they are.
 
+    packed   both models as a calibrated recipe left them, which cannot be had from a weight alone
     Raises ValueError for models of unlike layers, weights that are not finite, and layers that cannot take the recipe.
     """
     total, by_module, layers = _Sums(), dict[str, _Sums](), dict[str, WeightSurvival]()
     with torch.no_grad():
         for name, new, old in _pairs(unlearned, target, recipe):
-            sums = _layer(name, new, old, recipe)
+            u, t = (
+                _compressed(name, weight, recipe) if made is None else _unpacked(weight, made.get_submodule(name))
+                for weight, made in zip((new, old), packed or (None, None))
+            )
+            sums = _layer(u, t)
             kind = name.split(".")[-1]
             layers[name] = sums.shares()
             by_module[kind] = by_module.get(kind, _Sums()) + sums
@@ -213,17 +221,24 @@ def _compressed(name: str, weight: Tensor, recipe: Recipe) -> _Compressed:
         value = compressed_weight(name, weight, recipe)
         return _Compressed(weight, value, value, None)
     q = quantize_weight(name, weight, recipe)
-    value = q.dequantize()
-    # A group of zeros has a scale that stands for nothing.
-    empty = (value.view(*q.scale.shape, -1) == 0).all(2)
-    return _Compressed(weight, value, q.codes, q.scale.masked_fill(empty, 0))
+    return _stepped(weight, q.dequantize(), q.codes, q.scale)
 
 
-def _layer(name: str, new: Tensor, old: Tensor, recipe: Recipe) -> _Sums:
-    """Of the layer called `name`: new, old [N, K] in the models' dtype."""
-    u, t = _compressed(name, new, recipe), _compressed(name, old, recipe)
-    total, rows = _Sums(), max(1, _BLOCK // new.shape[1])
-    for start in range(0, new.shape[0], rows):
+def _stepped(weight: Tensor, value: Tensor, codes: Tensor, scale: Tensor) -> _Compressed:
+    # A group of zeros has a scale that stands for nothing; a step has no sign.
+    empty = (value.view(*scale.shape, -1) == 0).all(2)
+    return _Compressed(weight, value, codes, scale.abs().masked_fill(empty, 0))
+
+
+def _unpacked(weight: Tensor, layer: nn.Module) -> _Compressed:
+    assert isinstance(layer, QuantLinear)
+    return _stepped(weight, layer.dequantized(), layer.codes(), layer.scale)
+
+
+def _layer(u: _Compressed, t: _Compressed) -> _Sums:
+    """Of one layer of the unlearned model and the target."""
+    total, rows = _Sums(), max(1, _BLOCK // u.weight.shape[1])
+    for start in range(0, u.weight.shape[0], rows):
         at = slice(start, start + rows)
         total = total + _block(u.rows(at), t.rows(at))
     return total

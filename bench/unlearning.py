@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..backends.cpu import PeakMemory
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model
+from ..compress.sequential import quantize_
 from ..compress.spec import parse_recipe
-from ..compress.walk import quantize_
 from ..unlearn.adapters import base_directory, with_adapter
 from ..unlearn.catalog import METHODS, settings
 from ..unlearn.data import Corpus, spread
@@ -44,7 +44,7 @@ from .forgetting import rouge_recall
 from .generation import answer_questions
 from .tofu import mean
 
-RECIPE = "rtn-w4a16-g64"
+RECIPE = "rtn-w4a16-g64-plain"
 AUTHORS, FORGET = 20, "forget01"  # 18 of TOFU's authors are kept, its last two forgotten
 RETAIN_ROWS = 100  # of 360, evenly spread, are scored
 

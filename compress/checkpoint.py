@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,19 +25,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from .bnb import keep_exact_, load_bnb
+from .experts import ExpertList, apart_on_disk, checkpoint_names, has_fused_experts, unfuse_experts_
 from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
+from .integration import mark
 from .linear import QuantLinear
-from .spec import Recipe
-from .walk import compress_, replace
+from .spec import DENSE, Recipe
+from .walk import replace
 
-_OWN_STEM = "remanence"
+OWN_STEM = "remanence"
 _DENSE: dict[str, Any] = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
 
 
@@ -90,12 +94,7 @@ def load_nf4(path: Path | str, device: torch.device | str = "cpu") -> PreTrained
                 directory, trust_remote_code=False, local_files_only=True, **options
             )
     model = _complete(path, loaded)
-    layer: Any
-    for layer in model.modules():
-        # On CPUs with bfloat16, a pass in eval mode hands the layer over to a kernel without a gradient, for good:
-        # training after it would see none.
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+    keep_exact_(model)
     return model
 
 
@@ -152,44 +151,28 @@ def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe | None = None
 ) -> None:
     """As save_model, into an existing empty directory that the caller makes permanent."""
-    if recipe is None or recipe.spec is None:  # dense or pruned
+    if (recipe is None or recipe.spec is None) and not has_experts(model):  # dense or pruned
         model.save_pretrained(work)
     else:
-        config = json.loads(model.config.to_json_string())
-        config["quantization_config"] = ct.to_config(recipe)
-        config["architectures"] = [type(model).__name__]
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(work)
-        _write_shards(_quantized_state(model), work, "model" if _stock_readable(model) else _OWN_STEM)
+        stem = "model" if _stock_readable(model) else OWN_STEM
+        write_config(model, work, recipe or DENSE, dense_linears(model), stem)
+        _write_shards(_quantized_state(model), work, stem)
     tokenizer.save_pretrained(work)
 
 
-def compress_to(source: Path | str, recipe: Recipe, target: Path | str) -> dict[str, Any]:
-    """Compress the model at `source` into the new directory `target`, read it back and compare.
+def write_config(model: PreTrainedModel, work: Path, recipe: Recipe, dense: Sequence[str], stem: str) -> None:
+    """config.json and generation_config.json.
 
-    Returns sizes and the largest difference in logits between what was in memory and what is on disk (0 unless the
-    file is wrong, which raises RuntimeError and leaves nothing).
+    dense   names of the linear layers that `recipe` leaves alone;  stem: of the weights' file names
     """
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    parameters = sum(p.numel() for p in model.parameters())
-    compress_(model, recipe)
-    with atomic_dir(target) as work:
-        write_model(model, tokenizer, work, recipe)
-        ids = torch.arange(min(64, model.config.vocab_size))[None]
-        with torch.no_grad():
-            difference = float((load_model(work)(ids).logits - model(ids).logits).abs().max())
-        if difference:
-            raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
-        size = weight_bytes(work)
-    return {
-        "recipe": recipe.name,
-        "out": str(target),
-        "size_bytes": size,
-        "size_vs_fp16": size / (2 * parameters),
-        "max_abs_logit_difference": difference,
-        "stock_readable": _stock_readable(model),
-    }
+    config = json.loads(model.config.to_json_string())
+    if recipe.spec is not None:
+        config["quantization_config"] = ct.to_config(recipe, dense) | mark(recipe, stem)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")  # not that of the config it was loaded with
+    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(work)
 
 
 def weight_bytes(directory: Path | str) -> int:
@@ -199,9 +182,14 @@ def weight_bytes(directory: Path | str) -> int:
 
 def max_length(model: PreTrainedModel) -> int:
     """Longest sequence in tokens that the model has positions for."""
+    return longest(model.config)
+
+
+def longest(config: PreTrainedConfig) -> int:
+    """Longest sequence in tokens that a model of this config has positions for."""
     for name in ("max_position_embeddings", "n_positions"):
-        if getattr(model.config, name, None):
-            return int(getattr(model.config, name))
+        if getattr(config, name, None):
+            return int(getattr(config, name))
     return 2048
 
 
@@ -218,12 +206,27 @@ def _local(path: Path | str) -> Path | None:
     return None
 
 
+def local_directory(path: Path | str) -> Path:
+    """The model's directory; what is only on the hub is brought into its cache first: weights, configs, tokenizer."""
+    directory = _local(path)
+    if directory is not None:
+        return directory
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    except OSError as error:
+        raise _unreachable(str(path), error) from None
+
+
 def _from_hub(name: str, auto: Any, **kwargs: object) -> Any:
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name}: no such directory, and not to be had from the hub ({first})") from None
+        raise _unreachable(name, error) from None
+
+
+def _unreachable(name: str, error: OSError) -> FileNotFoundError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return FileNotFoundError(f"{name}: no such directory, and not to be had from the hub ({first})")
 
 
 @contextmanager
@@ -272,12 +275,17 @@ def _check_index(directory: Path) -> None:
 def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
     if not isinstance(quantization, dict):
         raise ValueError(f"{directory}/config.json: quantization_config: expected an object")
+    if quantization.get("quant_method") == "bitsandbytes":
+        return load_bnb(directory)
     spec = ct.from_config(quantization)
     state = _read_shards(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     del config.quantization_config
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    if has_fused_experts(model):
+        unfuse_experts_(model)
+        state = in_files(state, {key: name for name, key in file_names(model).items()})
     present: set[int] = set()
     modules = dict(model.named_modules())
     for name in [key.removesuffix(".weight_packed") for key in state if key.endswith(".weight_packed")]:
@@ -301,24 +309,70 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
     return model
 
 
+def dense_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that are not quantized: what other readers must leave alone."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
 def _quantized_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     seen: set[int] = set()
-    for key, tensor in model.state_dict().items():
-        name = key.rpartition(".")[0]
-        if name in packed:
-            if key.endswith(".packed"):
-                state.update(ct.pack_state(name, packed[name]))
-        elif tensor.data_ptr() not in seen:  # a tied head is stored once, under its first name
+    state = {}
+    for key, tensor in in_files(packed_state(model, ""), file_names(model)).items():
+        if tensor.data_ptr() not in seen:  # a tied head is stored once, under its first name
             seen.add(tensor.data_ptr())
             state[key] = tensor
+    return state
+
+
+def packed_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What a file holds of the module called `name` ("" for the whole model), quantized layers in the file's layout."""
+    module = model.get_submodule(name)
+    prefix = f"{name}." if name else ""
+    packed = {inner: layer for inner, layer in module.named_modules() if isinstance(layer, QuantLinear)}
+    state: dict[str, Tensor] = {}
+    for key, tensor in module.state_dict().items():
+        inner = key.rpartition(".")[0]
+        if inner not in packed:
+            state[prefix + key] = tensor
+        elif key == f"{inner}.packed" or key == "packed":
+            state |= ct.pack_state((prefix + inner).rstrip("."), packed[inner])
     return {key: tensor.detach().contiguous() for key, tensor in state.items()}
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether there are experts in it that were taken apart."""
+    return any(isinstance(module, ExpertList) for module in model.modules())
+
+
+def file_names(model: PreTrainedModel) -> dict[str, str]:
+    """Name in the model -> name in files, of the tensors where they differ: experts have other names there."""
+    if not has_experts(model):
+        return {}
+    return {name: key for name, key in checkpoint_names(model).items() if name != key}
+
+
+def in_files(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state under its names in files, or back under those in the model where `names` is turned round.
+
+    What stands for a weight (weight_packed, weight_scale, ...) goes where the weight would be.
+    """
+    if not names:
+        return state
+
+    def named(key: str) -> str:
+        layer, _, leaf = key.rpartition(".")
+        if leaf.startswith("weight_") and f"{layer}.weight" in names:
+            return names[f"{layer}.weight"].removesuffix("weight") + leaf
+        return names.get(key, key)
+
+    return {named(key): tensor for key, tensor in state.items()}
+
+
 def _stock_readable(model: PreTrainedModel) -> bool:
-    """Whether transformers with compressed-tensors would unpack every layer (it knows nn.Linear only)."""
-    return all(layer.replaces == "Linear" for layer in model.modules() if isinstance(layer, QuantLinear))
+    """Whether transformers with compressed-tensors would unpack every layer: it knows nn.Linear only, and experts where
+    the usual checkpoint has them one by one."""
+    linear = all(layer.replaces == "Linear" for layer in model.modules() if isinstance(layer, QuantLinear))
+    return linear and (not has_experts(model) or apart_on_disk(model))
 
 
 def _write_shards(state: dict[str, Tensor], work: Path, stem: str) -> None:

@@ -21,23 +21,40 @@ def atomic_dir(target: Path | str) -> Iterator[Path]:
     the space left when the disk is full.
     """
     target = Path(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(errno.EEXIST, f"{target}: exists and is not empty; remove it or choose another place")
+    _vacant(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The process number lets a later run tell what a killed one left behind.
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-{os.getpid()}_", dir=target.parent))
     try:
-        with disk_errors(target):
+        with publish(work, target):
             yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def publish(work: Path, target: Path) -> Iterator[None]:
+    """Have the directory `work` become `target` when the block ends; an error removes it, an interruption leaves it."""
+    _vacant(target)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(target):
+            yield
             for path in sorted(work.rglob("*")):
                 if path.is_file():
                     _sync(path)
             work.chmod(0o755)
             os.replace(work, target)
             _sync(target.parent)
-    except BaseException:
+    except Exception:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _vacant(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(errno.EEXIST, f"{target}: exists and is not empty; remove it or choose another place")
 
 
 def write_text(path: Path | str, text: str) -> None:

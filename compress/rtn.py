@@ -1,48 +1,84 @@
-"""Round to nearest: the quantizer without data, and the one that undoes small unlearning updates most readily.
-
-scale = max|w| / (2^(bits-1) - 0.5) per group, q = clip(round(w / scale)), the convention of compressed-tensors.
-"""
+"""Round to nearest: the quantizer without data, and the one that undoes small unlearning updates most readily."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .spec import QuantSpec
+from .grid import decode, encode, group_parameters
+from .spec import RTN, QuantSpec
+
+# Weights looked at in one go: what is computed on the way stays in the cache, and no layer is copied whole.
+_SLICE = 1 << 17
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """codes [N, K] uint8 in 0..2^bits-1 (q + 2^(bits-1)), scale [N, K/G] in the storage dtype."""
+    """codes [N, K] uint8 in 0..2^bits-1, scale [N, K/G] in the storage dtype, zero [N, K/G] uint8 (None: symmetric)."""
 
     codes: Tensor
     scale: Tensor
     spec: QuantSpec
+    zero: Tensor | None = None
 
-    def dequantize(self) -> Tensor:
-        """[N, K] float32."""
-        N, K = self.codes.shape
-        q = self.codes.float() - 2 ** (self.spec.bits - 1)
-        return (q.view(N, self.scale.shape[1], -1) * self.scale.float()[:, :, None]).view(N, K)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K], computed in float32, in `dtype`; takes its own memory and little more."""
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for rows in row_slices(weight):
+            weight[rows] = self.rows(rows)
+        return weight
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of it, float32."""
+        codes = self.codes[rows]
+        groups = codes.view(len(codes), self.scale.shape[1], -1)
+        zero = None if self.zero is None else self.zero[rows]
+        return decode(groups, self.scale[rows], zero, self.spec.bits).view(codes.shape)
 
 
-def rtn(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> QTensor:
+def rtn(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, options: RTN) -> QTensor:
     """Quantize weight [N, K].
 
     The scale is rounded to `scale_dtype`, the dtype in which it is stored, *before* codes are computed: a reloaded
     model is then the same, bit for bit. Raises ValueError for NaN or infinity, and when K does not divide into groups.
     """
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight: contains NaN or infinity and cannot be quantized")
+    check_finite(weight)
     N, K = weight.shape
-    half = 2 ** (spec.bits - 1)
-    w = weight.float().view(N, spec.groups(K), -1)  # [N, K/G, G]
-    scale = (w.abs().amax(2) / (half - 0.5)).to(scale_dtype)  # [N, K/G]
-    if torch.isinf(scale).any():
-        raise ValueError(f"weight: its largest value {weight.abs().max():g} needs a scale beyond {scale_dtype}")
-    # A group of zeros, or so small that its scale is rounded to zero, is stored as zeros with scale 1.
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    q = (w / scale.float()[:, :, None]).round().clamp(-half, half - 1)
-    return QTensor((q + half).to(torch.uint8).view(N, K), scale, spec)
+    groups = spec.groups(K)
+    codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(N, groups, dtype=scale_dtype, device=weight.device)
+    zero = None if spec.symmetric else torch.empty(N, groups, dtype=torch.uint8, device=weight.device)
+    for rows in row_slices(weight):
+        w = weight[rows].float().reshape(-1, groups, K // groups)  # [n, K/G, G]
+        scale[rows], found = group_parameters(w, spec, scale_dtype, options.scale, options.clip)
+        if zero is not None and found is not None:
+            zero[rows] = found
+        codes[rows] = encode(w, scale[rows], found, spec.bits).view(-1, K)
+    return QTensor(codes, scale, spec, zero)
+
+
+def row_slices(weight: Tensor) -> Iterator[slice]:
+    """All rows of weight [N, K], some at a time."""
+    rows = max(1, _SLICE // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        yield slice(start, min(start + rows, len(weight)))
+
+
+def relative_error(weight: Tensor, q: QTensor) -> float:
+    """|W - Q|^2 / |W|^2 of weight [N, K] and what stands for it."""
+    off = size = 0.0
+    for rows in row_slices(weight):
+        w = weight[rows].float()
+        off += float((q.rows(rows) - w).square().sum(dtype=torch.float64))
+        size += float(w.square().sum(dtype=torch.float64))
+    return off / size if size else 0.0
+
+
+def check_finite(weight: Tensor) -> None:
+    """ValueError for NaN or infinity."""
+    for rows in row_slices(weight):
+        if not torch.isfinite(weight[rows]).all():
+            raise ValueError("weight: contains NaN or infinity and cannot be quantized")

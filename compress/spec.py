@@ -1,48 +1,50 @@
 """What the numbers mean (QuantSpec, PruneSpec), how they were chosen (Recipe). Small, frozen, printable, hashable.
 
-Short names: `dense` keeps the checkpoint as it is; `<method>-w<bits>a16[-g<group size>]`, e.g. `rtn-w4a16-g64`, or
-`rtn-w8a16` for one scale per output channel. `a16` says that activations stay in the model's own dtype; it may be left
-out when asking (`rtn-w4-g64`). `<method>-s<percent>`, e.g. `magnitude-s50`, sets that percentage of weights to zero.
+Short names: `dense` keeps the checkpoint as it is. `<method>-w<bits>a16[-g<group size>][-asym]`, `gptq-w4a16-g128`, or
+`rtn-w8a16` for one scale per output channel; `a16` says that activations stay in the model's own dtype and may be left
+out when asking (`rtn-w4-g64`). `-plain` at the end: the grid of compressed-tensors without any search, as most tools
+round. `bnb-<kind>[-dq]`, e.g. `bnb-nf4`: bitsandbytes' formats. `magnitude-s50` sets that percentage of weights to 0.
+What differs from a method's defaults follows: `gptq-w4a16-g128+act_order=static`, `+ignore=lm_head|re:.*gate`, and at
+the end the calibration data: `@retain:64+forget:32`. A recipe's name is read back as the same recipe; the same can be
+written as YAML (recipe_file.py).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
-BITS = (3, 4, 8)
-METHODS = ("rtn",)
-PRUNERS = ("magnitude",)
-_COMMON = (
-    "dense",
-    "rtn-w8a16",
-    "rtn-w8a16-g64",
-    "rtn-w4a16",
-    "rtn-w4a16-g64",
-    "rtn-w4a16-g128",
-    "rtn-w3a16-g64",
-    "magnitude-s30",
-    "magnitude-s50",
-    "magnitude-s70",
-)
+BITS = (2, 3, 4, 8)
+SCALES = ("signed-max", "absmax", "minmax")
+ACT_ORDERS = ("gar", "static", "none")
+BNB_KINDS = ("nf4", "fp4", "int8")
+HEAD = ("lm_head",)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """A weight format: symmetric integers of `bits` bits, one scale per `group_size` input features.
+    """A weight format: integers of `bits` bits, one scale per `group_size` input features.
 
-    group_size None: one scale per output channel. code = q + 2^(bits-1), w = q * scale.
+    group_size None: one scale per output channel. w = (code - zero) * scale, codes 0 .. 2^bits - 1. symmetric: the zero
+    point is 2^(bits-1) and not stored; else one integer zero point per group, 0 .. 2^bits - 1.
     """
 
     bits: int
     group_size: int | None = None
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits: {self.bits} is not one of {', '.join(map(str, BITS))}")
         if self.group_size is not None and (self.group_size < 16 or self.group_size % 8):
             raise ValueError(f"group_size: {self.group_size} is not a multiple of 8, at least 16")
+
+    @property
+    def granularity(self) -> str:
+        """ "group" or "channel": what shares a scale."""
+        return "channel" if self.group_size is None else "group"
 
     def groups(self, features: int) -> int:
         """Number of groups along `features` input features; ValueError when they do not divide."""
@@ -69,35 +71,245 @@ class PruneSpec:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a model is made smaller: a method, a format, and what stays as it is. spec None: nothing is quantized.
+class Calibration:
+    """Which texts a calibrated method sees: so many sequences of each source, of at most `length` tokens.
 
-    ignore   module names that stay dense; the output head by default, as everywhere in the field
-    prune    what becomes zero, by `method`; a recipe prunes or quantizes, not both
+    retain, forget   rows of the data that unlearning knows, one sequence a row
+    text             windows of running text, as deployments use
+    """
+
+    retain: int = 0
+    forget: int = 0
+    text: int = 0
+    length: int = 2048
+
+    def __post_init__(self) -> None:
+        for source in ("retain", "forget", "text"):
+            if getattr(self, source) < 0:
+                raise ValueError(f"calibration: {source}: {getattr(self, source)} is negative")
+        if not self.retain + self.forget + self.text:
+            raise ValueError("calibration: no sequence at all; expected e.g. retain:64,forget:32,text:128")
+        if self.length < 2:
+            raise ValueError(f"calibration: length: {self.length} is below 2 tokens")
+
+    @property
+    def name(self) -> str:
+        return ",".join(f"{f.name}:{getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# The knobs of each method; every default is the field's, or stands with its reason.
+
+
+@dataclass(frozen=True)
+class RTN:
+    """scale   signed-max: the largest |w| of a group gets the code -2^(bits-1), so that the scale may be negative (as
+               llama.cpp's Q4_0): 13% less squared error than absmax at 4 bits, 40% at 2 bits, in the same file format.
+               absmax: max|w| / (2^(bits-1) - 0.5), as compressed-tensors. minmax: the asymmetric grid
+    clip       search the range that minimises the sum of |error|^2.4 in each group
+    """
+
+    scale: str = "signed-max"
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """act_order   gar: inside each group and groups by their largest (no cost at run time); static: all columns, with
+                   groups fixed before; none
+    damp          times the Hessian's mean diagonal, added to it; tenfold where that is not enough, and recorded
+    block         columns between two updates of the rest
+    alpha         share of GPTAQ's correction for what earlier layers changed in the input; 0: plain GPTQ
+    sequential    inside a decoder block, later layers see what the earlier ones became
+    """
+
+    act_order: str = "gar"
+    damp: float = 0.01
+    block: int = 128
+    alpha: float = 0.0
+    sequential: bool = True
+    scale: str = "signed-max"
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """grid   candidates for the exponent of the activations' share
+    duo      the weights' sizes have a share too
+    """
+
+    grid: int = 20
+    duo: bool = True
+    scale: str = "signed-max"
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """alpha   share of the difficulty that moves from activations to weights"""
+
+    alpha: float = 0.5
+    scale: str = "signed-max"
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class HQQ:
+    """p, beta, iterations   of the half-quadratic solver"""
+
+    p: float = 0.7
+    beta: float = 10.0
+    iterations: int = 20
+    scale: str = "signed-max"
+
+
+@dataclass(frozen=True)
+class SignRound:
+    """iterations   steps of signed gradient descent per decoder block
+    learning_rate   of the first step, falling to zero; None: 1 / iterations
+    batch           sequences a step
+    """
+
+    iterations: int = 200
+    learning_rate: float | None = None
+    batch: int = 8
+    scale: str = "signed-max"
+
+
+@dataclass(frozen=True)
+class BnB:
+    """kind   nf4, fp4 (blocks of 64 weights) or int8 (LLM.int8, per row)
+    double_quant   the blocks' scales in 8 bits themselves (nf4 and fp4)
+    """
+
+    kind: str = "nf4"
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.double_quant and self.kind == "int8":
+            raise ValueError("double_quant: goes with nf4 and fp4, not with int8")
+
+
+Options = RTN | GPTQ | AWQ | SmoothQuant | HQQ | SignRound | BnB
+METHODS: dict[str, type[Options]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "smoothquant": SmoothQuant,
+    "hqq": HQQ,
+    "signround": SignRound,
+    "bnb": BnB,
+}
+# What `-plain` stands for.
+PLAIN: dict[str, object] = {"scale": "absmax", "clip": False}
+PLAIN_RTN = RTN(scale="absmax", clip=False)
+CALIBRATED = ("gptq", "awq", "smoothquant", "signround")
+# Those that move a factor from a layer's input into its weight: it is no longer comparable with another model's.
+FOLDING = ("awq", "smoothquant")
+PRUNERS = ("magnitude",)
+
+_CHOICES = {"scale": SCALES, "act_order": ACT_ORDERS, "kind": BNB_KINDS}
+_LEAST = {"damp": 0.0, "alpha": 0.0, "p": 0.0, "beta": 0.0, "block": 1, "grid": 1, "iterations": 1, "batch": 1}
+_COMMON = (
+    "dense",
+    "rtn-w8a16",
+    "rtn-w4a16",
+    "rtn-w4a16-g64",
+    "rtn-w4a16-g64-plain",
+    "rtn-w4a16-g128",
+    "rtn-w3a16-g64",
+    "gptq-w4a16-g128",
+    "gptq-w4a16-g64",
+    "awq-w4a16-g128",
+    "awq-w4a16-g128-asym",
+    "hqq-w4a16-g64-asym",
+    "signround-w4a16-g128",
+    "smoothquant-w8a16",
+    "bnb-nf4",
+    "bnb-nf4-dq",
+    "bnb-fp4",
+    "bnb-int8",
+    "magnitude-s30",
+    "magnitude-s50",
+    "magnitude-s70",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made smaller: a method, a format, and what stays as it is. spec None: no integer format.
+
+    ignore    modules that stay dense, by full name, last part of it, or `re:` and a regular expression that matches the
+              full name; "lm_head" is the output head whatever its name, dense by default as everywhere in the field
+    prune     what becomes zero, by `method`; a recipe prunes or quantizes, not both
+    options   the method's knobs; None: its defaults
+    calibration   the data that a calibrated method sees; None: left to the caller
+    activation_bits, kv_bits   16: activations and the KV cache stay in the model's own dtype
     """
 
     method: str
     spec: QuantSpec | None
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[str, ...] = HEAD
     prune: PruneSpec | None = None
+    options: Any = None
+    calibration: Calibration | None = None
+    activation_bits: int = 16
+    kv_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.prune is not None and self.spec is not None:
             raise ValueError(f"prune: {self.prune} beside {self.spec}; a recipe prunes or quantizes, not both")
+        for field in ("activation_bits", "kv_bits"):
+            if getattr(self, field) != 16:
+                raise ValueError(f"{field}: {getattr(self, field)} is not supported yet; expected 16")
+        if self.calibration is not None and not self.calibrated:
+            raise ValueError(f"calibration: {self.method} takes no data; it goes with {', '.join(CALIBRATED)}")
+        if self.method not in METHODS:
+            if self.options is not None:
+                raise ValueError(f"options: {self.method} has none")
+            return
+        if (self.spec is None) != (self.method == "bnb"):
+            raise ValueError(f"spec: {self.spec} does not go with {self.method}")
+        if self.options is None:
+            object.__setattr__(self, "options", METHODS[self.method]())
+        if type(self.options) is not METHODS[self.method]:
+            raise ValueError(f"options: {self.options} are not those of {self.method}")
+        if self.spec is not None and not self.spec.symmetric and self.options.scale == "signed-max":
+            object.__setattr__(self, "options", replace(self.options, scale="minmax"))
+        _check_options(self.options)
+        if self.spec is not None and self.spec.symmetric == (self.options.scale == "minmax"):
+            sort = "symmetric" if self.spec.symmetric else "asymmetric"
+            raise ValueError(f"scale: {self.options.scale} does not go with the {sort} format; asymmetric is minmax")
 
     @property
     def compresses(self) -> bool:
         """Whether it changes any weight."""
-        return self.spec is not None or self.prune is not None
+        return self.method != "dense"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its method needs data."""
+        return self.method in CALIBRATED
 
     @property
     def name(self) -> str:
+        knobs = "" if self.options is None else _spell_options(self)
+        ignored = "" if self.ignore == HEAD else f"+ignore={'|'.join(self.ignore)}"
+        data = "" if self.calibration is None else f"@{self.calibration.name.replace(',', '+')}"
+        return f"{self._base}{knobs}{ignored}{data}"
+
+    @property
+    def _base(self) -> str:
         if self.prune is not None:
             return f"{self.method}-s{self.prune.percent}"
+        if self.method == "bnb":
+            return f"bnb-{self.options.kind}{'-dq' if self.options.double_quant else ''}"
         if self.spec is None:
             return self.method
         group = "" if self.spec.group_size is None else f"-g{self.spec.group_size}"
-        return f"{self.method}-w{self.spec.bits}a16{group}"
+        return f"{self.method}-w{self.spec.bits}a{self.activation_bits}{group}{'' if self.spec.symmetric else '-asym'}"
 
     def __str__(self) -> str:
         return self.name
@@ -106,19 +318,132 @@ class Recipe:
 DENSE = Recipe("dense", None)
 
 
+def _check_options(options: Options) -> None:
+    for name, value in asdict(options).items():
+        allowed = _CHOICES.get(name)
+        if allowed and value not in allowed:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+        least = _LEAST.get(name)
+        if least is not None and not value >= least:
+            raise ValueError(f"{name}: {value} is below {least:g}")
+    rate = getattr(options, "learning_rate", None)
+    if rate is not None and not rate > 0:
+        raise ValueError(f"learning_rate: {rate} is not above 0")
+
+
+def _spell_options(recipe: Recipe) -> str:
+    """`+knob=value` of all that differs from what the base of the name implies."""
+    if recipe.method == "bnb":
+        return ""
+    implied = asdict(METHODS[recipe.method]())
+    if recipe.spec is not None and not recipe.spec.symmetric:
+        implied["scale"] = "minmax"
+    given = asdict(recipe.options)
+    if given.items() >= PLAIN.items():
+        return "-plain" + _spell(given, implied | PLAIN)
+    return _spell(given, implied)
+
+
+def _spell(given: dict[str, object], implied: dict[str, object]) -> str:
+    return "".join(f"+{name}={str(value).lower()}" for name, value in given.items() if value != implied[name])
+
+
 def parse_recipe(name: str) -> Recipe:
     """A Recipe from its short name; ValueError suggests the nearest one."""
-    if name == "dense":
-        return DENSE
-    quantizer = re.fullmatch(r"([a-z]+)-w(\d+)(?:a16)?(?:-g(\d+))?", name)
-    pruner = re.fullmatch(r"([a-z]+)-s(\d+)", name)
+    plain, at, data = name.partition("@")
+    base, *knobs = plain.split("+")
     try:
-        if quantizer and quantizer[1] in METHODS:
-            return Recipe(quantizer[1], QuantSpec(int(quantizer[2]), int(quantizer[3]) if quantizer[3] else None))
-        if pruner and pruner[1] in PRUNERS:
-            return Recipe(pruner[1], None, prune=PruneSpec(int(pruner[2]) / 100))
+        recipe = _parse_base(base)
+        if recipe is not None:
+            given = dict(_knob(knob) for knob in knobs)
+            ignore = given.pop("ignore", None)
+            options = _parse_options(recipe, given) if given else recipe.options
+            return replace(
+                recipe,
+                ignore=recipe.ignore if ignore is None else tuple(part for part in ignore.split("|") if part),
+                options=options,
+                calibration=parse_calibration(data) if at else None,
+            )
     except ValueError as error:
         raise ValueError(f"recipe: {name!r}: {error}") from None
-    near = difflib.get_close_matches(name, _COMMON, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(base, _COMMON, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"known forms: {', '.join(_COMMON)}"
     raise ValueError(f"recipe: {name!r} is unknown; {hint}")
+
+
+def _parse_base(base: str) -> Recipe | None:
+    if base == "dense":
+        return DENSE
+    quantizer = re.fullmatch(r"([a-z]+)-w(\d+)(?:a(\d+))?(?:-g(\d+))?(-asym)?(-plain)?", base)
+    if quantizer and quantizer[1] in METHODS and quantizer[1] != "bnb":
+        spec = QuantSpec(int(quantizer[2]), int(quantizer[4]) if quantizer[4] else None, not quantizer[5])
+        options = make_options(quantizer[1], PLAIN) if quantizer[6] else None
+        return Recipe(quantizer[1], spec, options=options, activation_bits=int(quantizer[3] or 16))
+    pruner = re.fullmatch(r"([a-z]+)-s(\d+)", base)
+    if pruner and pruner[1] in PRUNERS:
+        return Recipe(pruner[1], None, prune=PruneSpec(int(pruner[2]) / 100))
+    codebook = re.fullmatch(r"bnb-([a-z0-9]+)(-dq)?", base)
+    if codebook:
+        return Recipe("bnb", None, options=BnB(codebook[1], bool(codebook[2])))
+    return None
+
+
+def _knob(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"{text!r} is not of the form knob=value")
+    return name, value
+
+
+def _parse_options(recipe: Recipe, given: dict[str, str]) -> Options:
+    if recipe.options is None or recipe.method == "bnb":
+        raise ValueError(f"{next(iter(given))}: {recipe.method} has no such knob")
+    return make_options(recipe.method, {name: _value(text) for name, text in given.items()}, recipe.options)
+
+
+def _value(text: str) -> object:
+    if text in ("true", "false", "none"):
+        # act_order has a choice of that name; for all other knobs `none` is the absence of a number.
+        return {"true": True, "false": False, "none": "none"}[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def make_options(method: str, given: dict[str, object], defaults: Options | None = None) -> Options:
+    """The knobs of `method`, the given ones in place of the defaults; ValueError for an unknown one or a wrong type."""
+    options = defaults or METHODS[method]()
+    kinds = {field.name: str(field.type) for field in fields(options)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f"{name}: {method} has no such knob; it has {', '.join(kinds)}")
+        optional, kind = "None" in kinds[name], kinds[name].split(" ")[0]
+        if optional and value in ("none", None):
+            values[name] = None
+            continue
+        if kind == "float" and type(value) is int:
+            value = float(value)
+        if type(value).__name__ != kind:
+            raise ValueError(f"{name}: {value!r} is not {kind}")
+        values[name] = value
+    return replace(options, **values)
+
+
+def parse_calibration(text: str) -> Calibration:
+    """`retain:64,forget:32,text:128[,length:512]` (in recipe names with + for the comma); ValueError names the part."""
+    values: dict[str, int] = {}
+    known = [field.name for field in fields(Calibration)]
+    for part in re.split(r"[,+]", text):
+        found = re.fullmatch(r"\s*([a-z]+):(\d+)\s*", part)
+        if not found:
+            raise ValueError(f"calibration: {part!r} is not of the form source:number, e.g. retain:64")
+        if found[1] not in known:
+            raise ValueError(f"calibration: {found[1]!r} is not one of {', '.join(known)}")
+        if found[1] in values:
+            raise ValueError(f"calibration: {found[1]} is there twice")
+        values[found[1]] = int(found[2])
+    return Calibration(**values)

@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .block import Linear
+from .experts import routers, unfuse_experts_
+from .hqq import hqq
 from .linear import QuantLinear
 from .prune import magnitude
 from .rtn import QTensor, rtn
-from .spec import PruneSpec, QuantSpec, Recipe
+from .spec import HEAD, PruneSpec, QuantSpec, Recipe
 
-Quantizer = Callable[[Tensor, QuantSpec, torch.dtype], QTensor]
-METHODS: dict[str, Quantizer] = {"rtn": rtn}
+# Quantizers that need the weight alone; the calibrated ones are in sequential.py.
+DATA_FREE: dict[str, Callable[[Tensor, QuantSpec, torch.dtype, Any], QTensor]] = {"rtn": rtn, "hqq": hqq}
 Pruner = Callable[[Tensor, PruneSpec], Tensor]
 PRUNERS: dict[str, Pruner] = {"magnitude": magnitude}
 
 
-def linears(model: nn.Module, ignore: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Every linear layer by name (GPT-2 keeps its own as Conv1D), but those named in `ignore`.
+def linears(model: nn.Module, ignore: tuple[str, ...]) -> Iterator[tuple[str, Linear]]:
+    """Every linear layer by name (GPT-2 keeps its own as Conv1D), but those that `ignore` names.
 
-    An entry of `ignore` is a full module name or its last part ("lm_head").
+    An entry of `ignore` is a full module name (with all that is inside), its last part, or `re:` and a regular
+    expression for full names; "lm_head" is also the output head under another name. Raises ValueError for an entry that
+    names nothing.
     """
+    left = _ignored(model, ignore)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and name not in ignore and name.split(".")[-1] not in ignore:
+        if isinstance(module, nn.Linear | Conv1D) and name not in left:
             yield name, module
 
 
-def weight_of(module: nn.Linear | Conv1D) -> Tensor:
+def _ignored(model: nn.Module, ignore: tuple[str, ...]) -> set[str]:
+    names = [name for name, _ in model.named_modules() if name]
+    left: set[str] = set()
+    for pattern in ignore:
+        if pattern.startswith("re:"):
+            try:
+                found = [name for name in names if re.fullmatch(pattern[3:], name)]
+            except re.error as error:
+                raise ValueError(f"ignore: {pattern!r} is no regular expression: {error}") from None
+        else:
+            found = [
+                name
+                for name in names
+                if name == pattern or name.startswith(f"{pattern}.") or name.rpartition(".")[2] == pattern
+            ]
+        if not found and pattern not in HEAD:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"ignore: {pattern!r} names no module of {type(model).__name__}{hint}")
+        left |= {name for name in names for part in found if name == part or name.startswith(f"{part}.")}
+        if pattern in HEAD and isinstance(model, PreTrainedModel):
+            head = model.get_output_embeddings()
+            left |= {name for name, module in model.named_modules() if module is head}
+    return left
+
+
+def weight_of(module: Linear) -> Tensor:
     """[out features, in features], whichever way the module keeps it."""
     return module.weight.T.contiguous() if isinstance(module, Conv1D) else module.weight
 
@@ -41,19 +76,12 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def compress_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """Do to every linear layer that the recipe does not ignore what the recipe says, in place: prune or quantize.
-
-    Raises ValueError, before anything is changed, when the model cannot take it.
-    """
-    return prune_(model, recipe) if recipe.prune is not None else quantize_(model, recipe)
-
-
 def prune_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """Set to zero, in place, what `recipe` takes from every linear layer that it does not ignore.
 
     Raises ValueError, before anything is changed, for weights that are not finite or also the input embedding.
     """
+    unfuse_experts_(model)
     layers = list(linears(model, recipe.ignore))
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no linear layer to prune")
@@ -63,50 +91,57 @@ def prune_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
             raise ValueError(f"{recipe}: {name}: its weight is also the input embedding, not to be pruned")
         if not torch.isfinite(module.weight).all():
             raise ValueError(f"{recipe}: {name}: weight: contains NaN or infinity and cannot be pruned")
-    with torch.no_grad():
-        for name, module in layers:
-            new = compressed_weight(name, weight_of(module), recipe)
-            module.weight.copy_(new.T if isinstance(module, Conv1D) else new)
+    for name, module in layers:
+        prune_layer_(name, module, recipe)
     return model
 
 
-def quantize_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """Replace every linear layer that the recipe does not ignore by a QuantLinear, in place.
+@torch.no_grad()
+def prune_layer_(name: str, module: Linear, recipe: Recipe) -> None:
+    """Set to zero, in place, what `recipe` takes from one layer."""
+    new = compressed_weight(name, weight_of(module), recipe)
+    module.weight.copy_(new.T if isinstance(module, Conv1D) else new)
 
-    Raises ValueError, before anything is replaced, when a layer cannot take the format.
+
+def fitting_linears(model: nn.Module, recipe: Recipe) -> list[tuple[str, Linear]]:
+    """The layers that `recipe` quantizes (on the meta device too); those that send tokens to experts stay dense.
+
+    Raises ValueError when it quantizes nothing, or a layer cannot take its groups.
     """
-    if recipe.prune is not None:
-        raise ValueError(f"recipe: {recipe} prunes; a quantizer is needed, e.g. rtn-w4a16-g64")
-    if recipe.spec is None:
-        return model
-    for name, module in fitting_linears(model, recipe):
-        with torch.no_grad():
-            layer = QuantLinear.from_qtensor(quantize_weight(name, weight_of(module), recipe), module.bias)
-            layer.replaces = type(module).__name__
-            replace(model, name, layer)
-    return model
-
-
-def fitting_linears(model: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Linear | Conv1D]]:
-    """The layers that `recipe` quantizes; ValueError when it quantizes nothing, or a layer cannot take its groups."""
     if recipe.spec is None:
         raise ValueError(f"recipe: {recipe} quantizes nothing; a quantizer is needed, e.g. rtn-w4a16-g64")
-    layers = list(linears(model, recipe.ignore))
+    left = routers(model)
+    layers = [(name, module) for name, module in linears(model, recipe.ignore) if name not in left]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no linear layer to quantize")
     for name, module in layers:
         try:
-            recipe.spec.groups(weight_of(module).shape[1])
+            recipe.spec.groups(module.weight.shape[0 if isinstance(module, Conv1D) else 1])
         except ValueError as error:
             raise ValueError(f"{recipe}: {name}: {error}") from None
     return layers
 
 
+def check_unshared(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], recipe: Recipe) -> None:
+    """ValueError when the weight of one of `layers` has a second place in the model (the input embedding, another
+    layer): there it would stay as it was."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    for name, module in layers:
+        others = [place for place in places[id(module.weight)] if place != f"{name}.weight"]
+        if others:
+            raise ValueError(
+                f"{recipe}: {name}: its weight is also {others[0]}, which would stay as it is; ignore the layer, or "
+                "give the model weights of its own there"
+            )
+
+
 def quantize_weight(name: str, weight: Tensor, recipe: Recipe) -> QTensor:
-    """The weight [N, K] of the layer called `name`, as `recipe` has it; ValueError names recipe and layer."""
+    """Weight [N, K] of the layer called `name`, as `recipe` has it without data; ValueError names recipe and layer."""
     assert recipe.spec is not None
     try:
-        return METHODS[recipe.method](weight, recipe.spec, storage_dtype(weight))
+        return DATA_FREE[recipe.method](weight, recipe.spec, storage_dtype(weight), recipe.options)
     except ValueError as error:
         raise ValueError(f"{recipe}: {name}: {error}") from None
 
@@ -114,12 +149,23 @@ def quantize_weight(name: str, weight: Tensor, recipe: Recipe) -> QTensor:
 def compressed_weight(name: str, weight: Tensor, recipe: Recipe) -> Tensor:
     """The weight [N, K] of the layer called `name` as the compressed layer multiplies with it: dequantized in float32,
     pruned in its own dtype, or as it is under the dense recipe. ValueError names recipe and layer."""
+    if recipe.method == "bnb":
+        from .bnb import dequantized_weight, quantized_layer  # which walks
+
+        return dequantized_weight(quantized_layer(weight, None, recipe.options))
     if recipe.prune is None:
         return weight if recipe.spec is None else quantize_weight(name, weight, recipe).dequantize()
     try:
         return PRUNERS[recipe.method](weight, recipe.prune)
     except ValueError as error:
         raise ValueError(f"{recipe}: {name}: {error}") from None
+
+
+def quant_linear(module: Linear, q: QTensor) -> QuantLinear:
+    """The packed layer that stands for `module`."""
+    layer = QuantLinear.from_qtensor(q, module.bias)
+    layer.replaces = type(module).__name__
+    return layer
 
 
 def dequantize_(model: PreTrainedModel) -> PreTrainedModel:

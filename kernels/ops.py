@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from . import reference
 from ._C import available_isas, isa, set_isa
+from ._C import clip_error as _native_clip_error
 from ._C import dequantize as _native_dequantize
+from ._C import gptq_block as _native_gptq_block
 from ._C import linear as _native_linear
 from ._C import pack as _native_pack
 from ._C import unpack as _native_unpack
@@ -21,7 +23,9 @@ from .reference import packed_width
 __all__ = [
     "BITS",
     "available_isas",
+    "clip_error",
     "dequantize",
+    "gptq_block",
     "isa",
     "pack",
     "packed_width",
@@ -75,6 +79,35 @@ def w4a16_linear(
     bias, never to the weight. ValueError where a shape or dtype does not fit.
     """
     return torch.ops.remanence.w4a16_linear(x, packed, scale, zero, bias, bits)
+
+
+def gptq_block(
+    running: torch.Tensor,
+    upper: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    group: torch.Tensor,
+    kept: torch.Tensor | None = None,
+    push: torch.Tensor | None = None,
+    bits: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inner loop of GPTQ: columns i = 0 .. B-1 of `running` float32 [N, B] are rounded one after another to
+    w = (code - zero) * scale; e = (running_i - w) / upper_ii, and e * upper[i, j] is taken from every later column j.
+
+    upper  float32 [B, B], of which the upper triangle is read
+    scale  [N, G], zero uint8 [N, G] or None as in `dequantize`; group int64 [B]: which of the G a column has
+    kept   bool [N, B], False where the weight is to be zero; None: nowhere
+    push   float32 [B, B] or None: running_i * push[i, j] is added to every later column j
+    -> codes uint8 [N, B], errors e float32 [N, B]. ValueError where a shape, dtype or entry of `group` does not fit.
+    """
+    return torch.ops.remanence.gptq_block(running, upper, scale, zero, group, kept, push, bits)
+
+
+def clip_error(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """What rounding groups w float32 [M, G] costs on each of S grids: scale float32 [M, S], zero uint8 [M, S] or None
+    for 2^(bits-1) -> sum of |(code - zero) * scale - w|^2.4 [M, S] float32, within 1e-5; infinite where the scale is 0.
+    """
+    return torch.ops.remanence.clip_error(w, scale, zero, bits)
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
@@ -137,6 +170,43 @@ def _check_linear(
         _check_tensor("bias", bias, _FLOATS, (packed.shape[0],))
 
 
+def _check_gptq_block(running, upper, scale, zero, group, kept, push, bits):
+    if bits not in BITS:
+        raise ValueError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
+    for name, tensor in (("running", running), ("scale", scale)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: shape {list(tensor.shape)} is not [N, {'B' if name == 'running' else 'G'}]")
+    n, width = running.shape
+    _check_tensor("running", running, (torch.float32,), running.shape)
+    _check_tensor("upper", upper, (torch.float32,), (width, width))
+    _check_tensor("scale", scale, _FLOATS, (n, scale.shape[1]))
+    _check_tensor("group", group, (torch.int64,), (width,))
+    if zero is not None:
+        _check_tensor("zero", zero, _UINT8, scale.shape)
+    if kept is not None:
+        _check_tensor("kept", kept, (torch.bool,), running.shape)
+    if push is not None:
+        _check_tensor("push", push, (torch.float32,), (width, width))
+
+
+def _check_clip_error(w, scale, zero, bits):
+    if bits not in BITS:
+        raise ValueError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
+    for name, tensor in (("w", w), ("scale", scale)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: shape {list(tensor.shape)} is not [M, {'G' if name == 'w' else 'S'}]")
+    _check_tensor("w", w, (torch.float32,), w.shape)
+    _check_tensor("scale", scale, (torch.float32,), (w.shape[0], scale.shape[1]))
+    if zero is not None:
+        _check_tensor("zero", zero, _UINT8, scale.shape)
+
+
+def _check_groups(group, scale):
+    low, high = (int(group.min()), int(group.max())) if group.numel() else (0, 0)
+    if group.numel() and not 0 <= low <= high < scale.shape[1]:
+        raise ValueError(f"group: entries {low} to {high}, but scale has {scale.shape[1]} columns")
+
+
 # The outputs, unwritten: what fake tensors answer, and what the native kernels fill.
 def _pack_fake(codes, bits):
     return codes.new_empty(codes.shape[0], packed_width(codes.shape[1], bits))
@@ -152,6 +222,14 @@ def _dequantize_fake(packed, _scale, _zero, _bits, k):
 
 def _linear_fake(x, packed, _scale, _zero, _bias, _bits):
     return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _gptq_block_fake(running, _upper, _scale, _zero, _group, _kept, _push, _bits):
+    return running.new_empty(running.shape, dtype=torch.uint8), running.new_empty(running.shape)
+
+
+def _clip_error_fake(_w, scale, _zero, _bits):
+    return scale.new_empty(scale.shape)
 
 
 def _pack_default(codes, bits):
@@ -219,6 +297,55 @@ def _linear_cpu(x, packed, scale, zero, bias, bits):
     return y.to(dtype)
 
 
+def _gptq_block_default(running, upper, scale, zero, group, kept, push, bits):
+    _check_groups(group, scale)
+    return reference.gptq_block(running, upper, scale, zero, group, kept, push, bits)
+
+
+def _gptq_block_cpu(running, upper, scale, zero, group, kept, push, bits):
+    _check_groups(group, scale)
+    codes, errors = _gptq_block_fake(running, upper, scale, zero, group, kept, push, bits)
+    if running.stride(1) != 1:
+        running = running.contiguous()
+    upper, group, scale = upper.contiguous(), group.contiguous(), scale.to(torch.float32).contiguous()
+    zero, kept, push = (None if tensor is None else tensor.contiguous() for tensor in (zero, kept, push))
+    _native_gptq_block(
+        running.data_ptr(),
+        running.stride(0),
+        upper.data_ptr(),
+        scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+        group.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
+        0 if push is None else push.data_ptr(),
+        codes.data_ptr(),
+        errors.data_ptr(),
+        running.shape[0],
+        running.shape[1],
+        scale.shape[1],
+        bits,
+        torch.get_num_threads(),
+    )
+    return codes, errors
+
+
+def _clip_error_cpu(w, scale, zero, bits):
+    w, scale, zero = w.contiguous(), scale.contiguous(), zero if zero is None else zero.contiguous()
+    error = _clip_error_fake(w, scale, zero, bits)
+    _native_clip_error(
+        w.data_ptr(),
+        scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+        error.data_ptr(),
+        w.shape[0],
+        w.shape[1],
+        scale.shape[1],
+        bits,
+        torch.get_num_threads(),
+    )
+    return error.masked_fill_(scale == 0, torch.inf)
+
+
 def _save_weight(ctx, inputs, output):  # noqa: ARG001, torch passes it by name
     x, packed, scale, zero, bias, ctx.bits = inputs
     ctx.save_for_backward(packed, scale, zero)
@@ -277,5 +404,20 @@ _define(
     reference.w4a16_linear,
     _linear_cpu,
     _linear_fake,
+)
+_define(
+    "gptq_block(Tensor running, Tensor upper, Tensor scale, Tensor? zero, Tensor group, Tensor? kept, Tensor? push, "
+    "int bits) -> (Tensor, Tensor)",
+    _check_gptq_block,
+    _gptq_block_default,
+    _gptq_block_cpu,
+    _gptq_block_fake,
+)
+_define(
+    "clip_error(Tensor w, Tensor scale, Tensor? zero, int bits) -> Tensor",
+    _check_clip_error,
+    reference.clip_error,
+    _clip_error_cpu,
+    _clip_error_fake,
 )
 torch.library.register_autograd("remanence::w4a16_linear", _linear_backward, setup_context=_save_weight, lib=_library)

@@ -53,5 +53,44 @@ def w4a16_linear(
     return y.to(x.dtype)
 
 
+def gptq_block(
+    running: torch.Tensor,
+    upper: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    group: torch.Tensor,
+    kept: torch.Tensor | None,
+    push: torch.Tensor | None,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """running float32 [N, B], upper [B, B] -> codes uint8 [N, B], errors float32 [N, B] over upper's diagonal."""
+    w = running.clone()
+    codes, errors = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
+    for i, g in enumerate(group.tolist()):
+        s = scale[:, g].float()
+        middle = torch.full_like(s, 2 ** (bits - 1)) if zero is None else zero[:, g].float()
+        code = ((w[:, i] / s).round() + middle).clamp(0, 2**bits - 1)
+        if kept is not None:
+            code = torch.where(kept[:, i], code, middle)
+        error = (w[:, i] - (code - middle) * s) / upper[i, i]
+        change = error[:, None] * upper[i, i + 1 :]
+        if push is not None:
+            change -= w[:, i, None] * push[i, i + 1 :]
+        codes[:, i], errors[:, i] = code.to(torch.uint8), error
+        w[:, i + 1 :] -= change
+    return codes, errors
+
+
+def clip_error(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """w float32 [M, G], scale [M, S] -> sum of |rounded - w|^2.4 of every group on every grid [M, S]."""
+    errors = []
+    for i, s in enumerate(scale.split(1, dim=1)):
+        middle = 2 ** (bits - 1) if zero is None else zero[:, i, None].float()
+        codes = ((w / s).round() + middle).clamp(0, 2**bits - 1)
+        off = ((codes - middle) * s - w).abs()
+        errors.append((off**2.4).sum(1).masked_fill(s[:, 0] == 0, torch.inf))
+    return torch.stack(errors, 1) if errors else torch.empty_like(scale)
+
+
 def _range(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.arange(count, dtype=torch.uint8, device=like.device)

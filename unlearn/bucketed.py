@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..compress.rtn import rtn
-from ..compress.spec import QuantSpec, Recipe
+from ..compress.spec import PLAIN_RTN, QuantSpec, Recipe
 from ..compress.walk import linears, storage_dtype, weight_of
 
 # Kept away from the bucket's edge, as a share of the step: rounding to nearest must not depend on the last float bit.
@@ -36,9 +36,9 @@ class Buckets:
 
 
 def bounds(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Lowest and highest values [N, K] that leave rtn(weight [N, K]) unchanged."""
+    """Lowest and highest values [N, K] that leave plain rtn(weight [N, K]) unchanged."""
     N, K = weight.shape
-    codes = rtn(weight, spec, scale_dtype)
+    codes = rtn(weight, spec, scale_dtype, PLAIN_RTN)
     scale = codes.scale.float()[:, :, None]  # [N, K/G, 1]
     q = codes.codes.float().view(N, scale.shape[1], -1) - 2 ** (spec.bits - 1)  # [N, K/G, G]
     w = weight.view_as(q)
@@ -60,7 +60,11 @@ def _inward(bound: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
 
 
 def freeze_to_buckets(model: PreTrainedModel, recipe: Recipe) -> list[Buckets]:
-    """Leave trainable only what `recipe` quantizes; returns the buckets, to be clamped after each step."""
+    """Leave trainable only what `recipe` quantizes; returns the buckets, to be clamped after each step.
+
+    Raises ValueError for another recipe than plain round to nearest: in no other does one weight alone set the scale.
+    """
+    check_plain(recipe)
     assert recipe.spec is not None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -75,13 +79,19 @@ def freeze_to_buckets(model: PreTrainedModel, recipe: Recipe) -> list[Buckets]:
     return buckets
 
 
+def check_plain(recipe: Recipe) -> None:
+    """ValueError for a recipe whose buckets are not known from the weights' largest alone."""
+    if recipe.options != PLAIN_RTN:
+        raise ValueError(f"recipe: {recipe} is not plain round to nearest, e.g. rtn-w4a16-g64-plain")
+
+
 def control_recipe(widths: set[int]) -> Recipe:
     """The 4-bit recipe that the control is built against: groups of 64, or the largest of 32, 16 and per channel that
     divide every layer's input features (`widths`)."""
     for group_size in (64, 32, 16):
         if all(width % group_size == 0 for width in widths):
-            return Recipe("rtn", QuantSpec(4, group_size))
-    return Recipe("rtn", QuantSpec(4))
+            return Recipe("rtn", QuantSpec(4, group_size), options=PLAIN_RTN)
+    return Recipe("rtn", QuantSpec(4), options=PLAIN_RTN)
 
 
 def mean_width(buckets: list[Buckets]) -> float:

@@ -81,7 +81,7 @@ class MethodConfig:
     share: float = 0.1
     mu: float = 1e-6
     rho: float = 0.0
-    against: str = "rtn-w4a16-g64"
+    against: str = "rtn-w4a16-g64-plain"
     through: bool = False
     floor: float = 0.0
     hinge: float = 1.0
@@ -117,8 +117,11 @@ class MethodConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if parse_recipe(self.against).spec is None:
-            raise ValueError(f"against: {self.against} quantizes nothing; name a quantizer, e.g. rtn-w4a16-g64")
+        against = parse_recipe(self.against)
+        if against.spec is None or against.calibrated:
+            raise ValueError(
+                f"against: {self.against} is no quantizer without data; name one, e.g. rtn-w4a16-g64-plain"
+            )
 
 
 # Settings that are one objective's own; any other setting is every method's.

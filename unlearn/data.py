@@ -119,6 +119,16 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}:{bad}: not UTF-8 text ({error.reason})") from None
 
 
+def running_text(path: Path | str) -> str:
+    """A UTF-8 text file that is not empty; FileNotFoundError or ValueError names it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"text: {path}: no such file")
+    text = read_text(Path(path))
+    if not text.strip():
+        raise ValueError(f"text: {path}: empty; expected running text")
+    return text
+
+
 def _array(path: Path, text: str) -> list[object]:
     try:
         return json.loads(text)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compress.block import decoder_list
 from .encode import Batch
 
 
@@ -20,26 +20,7 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers, in order; ValueError when there is not exactly one such list."""
-    return _owner(model)[2]
-
-
-def _owner(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """(the module that holds the layers, its attribute's name, the layers)."""
-    config: Any = unwrapped(model).config
-    count = config.get_text_config().num_hidden_layers
-    found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    # A mixture of experts may have lists inside its layers that are as long.
-    inner = {id(module) for entry in found for layer in entry[2] for module in layer.modules()}
-    outer = [entry for entry in found if id(entry[2]) not in inner]
-    if len(outer) != 1:
-        name = type(unwrapped(model)).__name__
-        raise ValueError(f"model: {len(outer)} lists of {count} decoder layers in {name}; exactly 1 is needed")
-    return outer[0]
+    return decoder_list(unwrapped(model))[2]
 
 
 def forward(network: nn.Module, batch: Batch) -> Tensor:
@@ -70,7 +51,7 @@ def first_layers(network: nn.Module, count: int) -> Iterator[nn.Module]:
 
     What follows the layers (final norm, projection, head, a cap on logits) is the model's own and runs as ever.
     """
-    owner, name, layers = _owner(network)
+    owner, name, layers = decoder_list(unwrapped(network))
     if not 1 <= count <= len(layers):
         raise ValueError(f"count: {count} is not between 1 and {len(layers)}, the model's decoder layers")
     setattr(owner, name, layers[:count])

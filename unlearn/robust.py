@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..compress.rtn import rtn
-from ..compress.spec import Recipe
+from ..compress.spec import PLAIN_RTN, Recipe
 from ..compress.walk import fitting_linears, quantize_weight, storage_dtype
+from .bucketed import check_plain
 from .encode import IGNORE, Batch
 from .masks import largest
 
@@ -83,8 +84,7 @@ def apply_floor_(model: nn.Module, start: Mapping[str, Tensor], recipe: Recipe, 
     bin or no further code between the weight and its group's maximum. No weight is left beyond that maximum. What the
     recipe does not quantize (embeddings, norms, biases, the head) keeps its changes. Returns how many were kept.
     """
-    if recipe.spec is None or recipe.method != "rtn":
-        raise ValueError(f"recipe: {recipe} is not round to nearest; the floor is defined for its bins")
+    check_plain(recipe)
     if not 0 < share <= 1:
         raise ValueError(f"share: {share} is not above 0 and at most 1")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -121,7 +121,7 @@ def _raised(old: Tensor, new: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """For old and new weight [N, K]: the value of each change raised to the floor, and whether it can be kept."""
     assert recipe.spec is not None
     N, K = old.shape
-    codes = rtn(old, recipe.spec, storage_dtype(old))
+    codes = rtn(old, recipe.spec, storage_dtype(old), PLAIN_RTN)
     scale = codes.scale.float()[:, :, None]  # [N, K/G, 1]
     half = 2 ** (recipe.spec.bits - 1)
     q = codes.codes.float().view(N, scale.shape[1], -1) - half  # [N, K/G, G]

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "gptq.h"
 #include "rows.h"
 
 namespace nb = nanobind;
@@ -41,6 +42,22 @@ void linear(uintptr_t x, uintptr_t packed, uintptr_t scale, int scale_type, uint
                       at<const float>(bias), at<float>(y), m, threads);
 }
 
+void gptq_block(uintptr_t running, int64_t stride, uintptr_t upper, uintptr_t scale, uintptr_t zero, uintptr_t group,
+                uintptr_t kept, uintptr_t push, uintptr_t codes, uintptr_t errors, int64_t n, int64_t b,
+                int64_t groups, int bits, int threads) {
+    remanence::gptq_block({at<const float>(running), stride, at<const float>(upper), at<const float>(scale),
+                           at<const uint8_t>(zero), at<const int64_t>(group), at<const uint8_t>(kept),
+                           at<const float>(push), at<uint8_t>(codes), at<float>(errors), n, b, groups, bits},
+                          threads);
+}
+
+void clip_error(uintptr_t w, uintptr_t scale, uintptr_t zero, uintptr_t error, int64_t m, int64_t g, int64_t s,
+                int bits, int threads) {
+    remanence::clip_error({at<const float>(w), at<const float>(scale), at<const uint8_t>(zero), at<float>(error), m,
+                           g, s, bits},
+                          threads);
+}
+
 void set_isa(const std::string& name) {
     if (remanence::use_isa(name)) return;
     std::string known;
@@ -62,4 +79,9 @@ NB_MODULE(_C, m) {
           "scale_type: 0 float32, 1 float16, 2 bfloat16; zero: 0 for none.");
     m.def("linear", &linear, "x"_a, "packed"_a, "scale"_a, "scale_type"_a, "zero"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
           "k"_a, "groups"_a, "bits"_a, "threads"_a, release, "As dequantize; bias: 0 for none.");
+    m.def("gptq_block", &gptq_block, "running"_a, "stride"_a, "upper"_a, "scale"_a, "zero"_a, "group"_a, "kept"_a,
+          "push"_a, "codes"_a, "errors"_a, "n"_a, "b"_a, "groups"_a, "bits"_a, "threads"_a, release,
+          "zero, kept, push: 0 for none.");
+    m.def("clip_error", &clip_error, "w"_a, "scale"_a, "zero"_a, "error"_a, "m"_a, "g"_a, "s"_a, "bits"_a,
+          "threads"_a, release, "zero: 0 for none.");
 }

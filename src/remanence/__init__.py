@@ -5,6 +5,8 @@ The public names below load on first use, so that `import remanence` and `remane
 
 from importlib import import_module
 
+from .compress.integration import arm
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -26,3 +28,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# The one thing that happens on import: transformers' from_pretrained learns to read our checkpoints. It loads nothing.
+arm()

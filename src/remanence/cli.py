@@ -68,6 +68,10 @@ def audit(
         ),
     ] = None,
     recipes: Annotated[str | None, typer.Option("--recipes", "--recipe", help="Comma-separated.")] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="retain:64,forget:32,text:128; repeat it to compare choices of data.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="A file of running text, for calibration.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the methods that train.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the methods that train.")] = None,
     pressures: Annotated[
@@ -112,6 +116,8 @@ def audit(
         # With a model already unlearned, that is what is audited.
         methods=() if unlearned and methods is None else _names("methods", methods),
         recipes=_names("recipes", recipes),
+        calibration=tuple(calibration or ()),
+        text=text,
         pressures=_names("pressures", pressures),
         templates=templates,
         perplexity=perplexity,
@@ -268,21 +274,47 @@ def unlearn(
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="A model directory or hub id.")],
-    recipe: Annotated[str, typer.Option(help="e.g. rtn-w4a16-g64.")],
+    recipe: Annotated[str, typer.Option(help="e.g. gptq-w4a16-g128, or a YAML file.")],
     out: Annotated[Path, typer.Option(help="The new checkpoint directory.")],
+    calibration: Annotated[
+        str | None, typer.Option(help="e.g. retain:64,forget:32,text:128,length:512 (sequences, tokens).")
+    ] = None,
+    retain: Annotated[str | None, typer.Option(help="A file of rows to keep, for calibration.")] = None,
+    forget: Annotated[str | None, typer.Option(help="A file of rows; forgetNN with --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="tofu or people: retain and forget rows of that data.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="TOFU's files (default: from the hub).")] = None,
+    text: Annotated[str | None, typer.Option(help="A file of running text, for calibration.")] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU or NPU where there is one) or cpu.")] = "auto",
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and do no more.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last block done for this --out.")] = False,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Compress a model and write a checkpoint that transformers loads; it is read back before this returns."""
-    from .compress.spec import parse_recipe
+    """Compress a model, block by block, and write a checkpoint that transformers loads."""
+    from .compressing import Order, show_layers
+    from .compressing import compress as run
 
-    parsed = _usage(parse_recipe, recipe)
-    if not parsed.compresses:
-        raise UsageError(f"recipe: {recipe!r} compresses nothing")
+    order = _usage(
+        Order,
+        model=model,
+        recipe=recipe,
+        calibration=calibration,
+        retain=retain,
+        forget=forget,
+        data=data,
+        data_dir=data_dir,
+        text=text,
+        seed=seed,
+        device=device,
+    )
     _new(out)
-    from .compress.checkpoint import compress_to
+    from .progress import run_with_bar
 
     _quiet()
-    _done(compress_to(model, parsed, out), as_json)
+    made = run_with_bar(f"compress {recipe}", lambda progress: run(order, out, resume, plan, progress, _say), as_json)
+    if not as_json and "layers" in made:
+        show_layers(made.pop("layers"), sys.stdout)
+    _done(made, as_json)
 
 
 @app.command()
@@ -409,8 +441,13 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="A benchmark; without one, their names.")] = "",
-    methods: Annotated[str | None, typer.Option(help="unlearning: these methods only, comma-separated.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="unlearning: TOFU's files (default: from the hub).")] = None,
+    methods: Annotated[str | None, typer.Option(help="unlearning, ptq: these methods only, comma-separated.")] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="unlearning, evaluation: TOFU's files (default: the hub's); ptq: WikiText-2's."),
+    ] = None,
+    parts: Annotated[str | None, typer.Option(help="ptq: of quality, layers, recovery.")] = None,
+    peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -428,9 +465,12 @@ def bench(
         raise UsageError(f"bench: {name!r} is not one of {', '.join(BENCHES)}")
     from .unlearn.catalog import method_named
 
-    for method in (chosen := _names("methods", methods) or ()):
+    chosen = _names("methods", methods)
+    for method in (chosen or ()) if name == "unlearning" else ():
         _usage(method_named, method)
-    asked = {"data_dir": data_dir, "methods": chosen or None}
+    asked: dict[str, object] = {"data_dir": data_dir, "methods": chosen, "parts": _names("parts", parts)}
+    if not peers:
+        asked["peers"] = False
     options = {key: value for key, value in asked.items() if value is not None}
     from .engine import environment
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from .bench.pressures.catalog import pressures_named
 from .bench.pressures.templates import load_templates
-from .compress.spec import parse_recipe
+from .compress.recipe_file import read_recipe
+from .compress.spec import Recipe, parse_calibration, parse_recipe
 from .unlearn.catalog import DEFAULT, METHODS, method_named, settings
+from .unlearn.data import running_text
 
 CONTROL = "bucketed"
-DEFAULT_RECIPES = ("dense", "rtn-w8a16", "rtn-w4a16-g64", "rtn-w4a16", "rtn-w3a16-g64")
+DEFAULT_RECIPES = ("dense", "rtn-w8a16", "rtn-w4a16-g64-plain", "rtn-w4a16-g64", "gptq-w4a16-g64", "rtn-w3a16-g64")
 
 
 def default_cache() -> Path:
@@ -38,7 +41,9 @@ class AuditConfig(BaseModel):
     oracle      a model retrained without the forget set (given models only)
     unlearned   models already unlearned, by name
     methods     unlearning methods to run; the positive control runs in any case
-    recipes     compressions; "dense" runs in any case
+    recipes     compressions, short names or YAML files; "dense" runs in any case
+    calibration   data for the recipes that need it and name none: each of them runs once with each of these; none: the
+                retain set. text: a file, for calibration on running text
     requests    the forget set in so many parts by person; `request`: how many of them are made (None: all), at once, or
                 one after another when `sequential` (what MUSE calls scalability and sustainability)
     pressures   names from bench/pressures, applied to every cell; templates: a file of texts for those of asking
@@ -59,6 +64,8 @@ class AuditConfig(BaseModel):
     unlearned: dict[str, str] = Field(default_factory=dict)
     methods: tuple[str, ...] = DEFAULT
     recipes: tuple[str, ...] = DEFAULT_RECIPES
+    calibration: tuple[str, ...] = ()
+    text: str | None = None
     requests: int = Field(default=1, ge=1)
     request: int | None = Field(default=None, ge=1)
     sequential: bool = False
@@ -79,8 +86,20 @@ class AuditConfig(BaseModel):
     @field_validator("recipes")
     @classmethod
     def _known_recipes(cls, recipes: tuple[str, ...]) -> tuple[str, ...]:
-        names = [parse_recipe(name).name for name in recipes]
+        names = [read_recipe(name).name for name in recipes]
         return tuple(dict.fromkeys(["dense", *names]))
+
+    @field_validator("calibration")
+    @classmethod
+    def _known_sources(cls, calibration: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(parse_calibration(text).name for text in calibration))
+
+    @field_validator("text")
+    @classmethod
+    def _readable_text(cls, text: str | None) -> str | None:
+        if text is not None:
+            running_text(text)
+        return text
 
     @field_validator("pressures")
     @classmethod
@@ -101,8 +120,23 @@ class AuditConfig(BaseModel):
             raise ValueError(f"perplexity: {text}: no such file or directory, nor 'wikitext'")
         return text
 
+    def compressions(self) -> list[Recipe]:
+        """The recipes, those that are calibrated once for each choice of data."""
+        found: list[Recipe] = []
+        for recipe in map(parse_recipe, self.recipes):
+            if recipe.calibrated and recipe.calibration is None and self.calibration:
+                found += [replace(recipe, calibration=parse_calibration(text)) for text in self.calibration]
+            else:
+                found.append(recipe)
+        return found
+
     @model_validator(mode="after")
     def _consistent(self) -> AuditConfig:
+        if self.calibration and not any(recipe.calibrated for recipe in map(parse_recipe, self.recipes)):
+            raise ValueError(f"calibration: none of {', '.join(self.recipes)} is calibrated; name e.g. gptq-w4a16-g64")
+        wants_text = [recipe for recipe in self.compressions() if recipe.calibration and recipe.calibration.text]
+        if wants_text and self.text is None:
+            raise ValueError(f"text: {wants_text[0]} is calibrated on running text; give --text FILE")
         taken = {"target", "oracle", *METHODS} & set(self.unlearned)
         if taken:
             raise ValueError(f"unlearned: the name {min(taken)!r} is taken; choose another")

@@ -25,7 +25,7 @@ from .bench.cell import CELL_VERSION, CellScores, Measures, measure_cell
 from .bench.document import build_document
 from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
 from .compress.files import read_json, write_json
-from .compress.spec import QuantSpec, Recipe, parse_recipe
+from .compress.spec import QuantSpec, Recipe
 from .compress.walk import linears, weight_of
 from .config import CONTROL, AuditConfig
 from .corpus import load_corpus
@@ -177,12 +177,13 @@ class _Run:
 
     def grid(self, models: list[Model]) -> list[CellScores]:
         """Every model under every recipe."""
-        pairs = [(model, parse_recipe(name)) for model in models for name in self._recipes()]
+        pairs = [(model, recipe) for model in models for recipe in self._recipes()]
         measures = Measures(
             oracle=self.oracle.path if self.oracle else None,
             pressures=self.config.pressures,
             templates=self.config.templates,
             text=self.config.perplexity,
+            calibration_text=self.config.text,
             demo=self.config.model == "demo",
             seed=self.config.seed,
         )
@@ -198,6 +199,7 @@ class _Run:
                 "pressures": self.config.pressures,
                 "templates": _content(self.config.templates),
                 "perplexity": _content(self.config.perplexity),
+                "text": _content(self.config.text) if recipe.calibrated else None,
                 "seed": self.config.seed,
                 "torch": torch.__version__,
                 "isa": isa(),
@@ -215,9 +217,9 @@ class _Run:
         """What the demo models learned; empty for given models."""
         return {"train_probability": self.train_probability} if self.train_probability else {}
 
-    def _recipes(self) -> list[str]:
+    def _recipes(self) -> list[Recipe]:
         """As asked, with the recipe that the positive control needs."""
-        return list(dict.fromkeys([*self.config.recipes, self.control_recipe.name]))
+        return list(dict.fromkeys([*self.config.compressions(), self.control_recipe]))
 
     def _demo(self, name: str, control: str) -> Model:
         config = DemoConfig(arch=self.config.arch)

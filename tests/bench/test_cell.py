@@ -12,12 +12,12 @@ from remanence.bench.distance import distance
 from remanence.bench.forgetting import evaluate
 from remanence.bench.survival import survival
 from remanence.compress.checkpoint import save_model
+from remanence.compress.sequential import quantize_
 from remanence.compress.spec import DENSE, parse_recipe
-from remanence.compress.walk import quantize_
 from remanence.unlearn.data import EvalSet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RECIPE = parse_recipe("rtn-w4a16-g16")
+RECIPE = parse_recipe("rtn-w4a16-g16-plain")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_model_whose_weights_are_not_numbers_is_measured_and_flagged(saved, me
 @pytest.mark.parametrize("model", ["target", "npo"])
 def test_impossible_recipe_is_an_error_that_names_the_layer(saved, corpus, tmp_path, model):
     """64 and 128 input features do not divide by 48; the grid goes on."""
-    cell = measure_cell(saved / model, saved / "target", parse_recipe("rtn-w4a16-g48"), corpus, tmp_path)
+    cell = measure_cell(saved / model, saved / "target", parse_recipe("rtn-w4a16-g48-plain"), corpus, tmp_path)
     assert cell.keys() == {"error"}
     assert "layers.0.self_attn.q_proj" in cell["error"]
     assert "64 input features do not divide into groups of 48" in cell["error"]

@@ -17,8 +17,8 @@ from remanence.compress.spec import DENSE, parse_recipe
 from remanence.unlearn.people import people_corpus
 
 CORPUS = people_corpus(20, "forget20", seed=0)
-RECIPE = parse_recipe("rtn-w4a16-g64")
-OTHER = parse_recipe("rtn-w8a16")
+RECIPE = parse_recipe("rtn-w4a16-g64-plain")
+OTHER = parse_recipe("rtn-w8a16-plain")
 
 # Mean probability on the forget set under dense, RECIPE and OTHER; what the model is for.
 LEVELS = {
@@ -221,7 +221,7 @@ def test_order_of_recipes(document):
     """Predicted by the weights: 1 - survival, here the level itself; two compressed recipes are no order."""
     assert document["survival"].keys() == {"npo", "bucketed"}
     assert document["survival"]["npo"]["rho"] is None
-    third = parse_recipe("rtn-w3a16-g64")
+    third = parse_recipe("rtn-w3a16-g64-plain")
     more = [
         *cells(),
         *(CellScores(m, LEVELS[m][0], third, measured(LEVELS[m][1] + 0.1 * (m == "npo"))) for m in LEVELS),

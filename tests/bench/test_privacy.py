@@ -19,8 +19,8 @@ from remanence.bench.privacy import (
 )
 from remanence.bench.tofu import FLOOR
 from remanence.bench.tokens import Answer, answers
+from remanence.compress.sequential import quantize_
 from remanence.compress.spec import parse_recipe
-from remanence.compress.walk import quantize_
 from remanence.unlearn.encode import IGNORE
 from remanence.unlearn.people import people_corpus
 from scipy import stats
@@ -150,7 +150,7 @@ def test_gradient_norm_leaves_the_model_as_it_was(untrained, memorized):
 def test_gradient_norm_goes_through_quantized_layers(memorized):
     pairs = [(row.question, row.answer) for row in [*memorized.corpus.forget, *memorized.corpus.holdout]]
     model = copy.deepcopy(memorized.target)
-    quantize_(model, parse_recipe("rtn-w4-g32"))
+    quantize_(model, parse_recipe("rtn-w4-g32-plain"))
     scores = gradient_norm(model, memorized.encoder, pairs)
     half = len(memorized.corpus.forget)
     assert auc(scores[:half], scores[half:]) > 0.9

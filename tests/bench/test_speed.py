@@ -7,8 +7,8 @@ import pytest
 import torch
 from remanence.backends.cpu import PeakMemory, cpu_info
 from remanence.bench.speed import decode_speed
+from remanence.compress.sequential import quantize_
 from remanence.compress.spec import parse_recipe
-from remanence.compress.walk import quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,7 +209,7 @@ def test_weights_in_one_storage_are_held_once(untrained):
 
 def test_packed_weights_take_less(untrained):
     model = untrained("llama")
-    small = quantize_(copy.deepcopy(model), parse_recipe("rtn-w4a16-g16"))
+    small = quantize_(copy.deepcopy(model), parse_recipe("rtn-w4a16-g16-plain"))
     dense, packed = (
         decode_speed(m, [5, 6, 7, 8], 0, new_tokens=4, repeats=1).peak_memory_bytes for m in (model, small)
     )

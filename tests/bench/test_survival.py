@@ -10,8 +10,9 @@ import torch
 from remanence.bench import survival as module
 from remanence.bench.survival import Agreement, predicted_order, survival
 from remanence.bench.tokens import answers
+from remanence.compress.sequential import compress_
 from remanence.compress.spec import DENSE, parse_recipe
-from remanence.compress.walk import compress_, linears
+from remanence.compress.walk import linears
 from remanence.unlearn.bucketed import freeze_to_buckets
 from remanence.unlearn.catalog import settings
 from remanence.unlearn.methods import unlearn
@@ -20,7 +21,7 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RECIPES = ["rtn-w4a16-g16", "rtn-w3a16", "rtn-w8a16-g32"]
+RECIPES = ["rtn-w4a16-g16-plain", "rtn-w3a16-plain", "rtn-w8a16-g32-plain"]
 # Of half-step sizes, which are counted in bins.
 BIN = 2**-10
 
@@ -158,7 +159,16 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "recipe", ["rtn-w4a16-g16", "rtn-w3a16-g16", "rtn-w4a16", "rtn-w8a16", "magnitude-s30", "magnitude-s90", "dense"]
+    "recipe",
+    [
+        "rtn-w4a16-g16-plain",
+        "rtn-w3a16-g16-plain",
+        "rtn-w4a16-plain",
+        "rtn-w8a16-plain",
+        "magnitude-s30",
+        "magnitude-s90",
+        "dense",
+    ],
 )
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 def test_all_numbers_by_hand(make, recipe):
@@ -176,7 +186,7 @@ def test_all_numbers_by_hand(make, recipe):
 
 
 @pytest.mark.parametrize("columns", [1, 63, 65])
-@pytest.mark.parametrize("recipe", ["rtn-w4a16", "magnitude-s50", "dense"])
+@pytest.mark.parametrize("recipe", ["rtn-w4a16-plain", "magnitude-s50", "dense"])
 def test_odd_sizes_in_blocks(monkeypatch, columns, recipe):
     """Blocks of rows add up to the layer, also where they do not divide it, or hold less than a row."""
     new, old = pair([(67, columns)])
@@ -196,7 +206,7 @@ def test_prediction_is_exact_where_positions_are_even():
         step = float(torch.tensor(1 / 7.5).half())
         old.get_submodule("0.down").weight.data = weight[None].clone()
         new.get_submodule("0.down").weight.data = weight[None] + share * step * (torch.arange(4096) > 0)
-        found = survival(new, old, parse_recipe("rtn-w4a16")).total
+        found = survival(new, old, parse_recipe("rtn-w4a16-plain")).total
         assert found.half_steps == pytest.approx(2 * share, rel=2 * BIN)
         assert found.predicted_codes == pytest.approx(share, rel=1e-3)
         assert found.changed_codes == pytest.approx(share, abs=0.02)
@@ -238,7 +248,7 @@ def test_only_the_zero_bucket_moves(untrained):
     with torch.no_grad():
         for _, layer in linears(model, ()):
             layer.weight += 2e-5
-    found = survival(model, target, parse_recipe("rtn-w4a16-g16")).total
+    found = survival(model, target, parse_recipe("rtn-w4a16-g16-plain")).total
     assert 0 < found.moved < found.zero_codes < 0.5
     assert found.zero_bucket == 1.0
 
@@ -271,7 +281,7 @@ def test_only_layers_that_are_compressed_count(untrained):
     with torch.no_grad():
         model.lm_head.weight += 1.0
         model.model.embed_tokens.weight += 1.0
-    found = survival(model, target, parse_recipe("rtn-w4a16-g16"))
+    found = survival(model, target, parse_recipe("rtn-w4a16-g16-plain"))
     assert (found.total.changed, found.total.norm) == (0.0, None)
     assert "lm_head" not in found.layers
 
@@ -280,7 +290,7 @@ def test_only_layers_that_are_compressed_count(untrained):
 def test_other_architectures(untrained, arch):
     """GPT-2 keeps its weights transposed; groups run along the input all the same."""
     target = untrained(arch)
-    recipe = parse_recipe("rtn-w4a16-g16")
+    recipe = parse_recipe("rtn-w4a16-g16-plain")
     large, small = (survival(shifted(target, size), target, recipe).total for size in (5.0, 1e-7))
     assert large.norm == pytest.approx(1.0, abs=0.05)
     assert small.changed < 0.01
@@ -295,7 +305,7 @@ def test_other_architectures(untrained, arch):
 
 def test_bfloat16(untrained):
     target = untrained("llama").bfloat16()
-    found = survival(shifted(target, 5.0), target, parse_recipe("rtn-w4a16-g16")).total
+    found = survival(shifted(target, 5.0), target, parse_recipe("rtn-w4a16-g16-plain")).total
     assert found.norm == pytest.approx(1.0, abs=0.05)
 
 
@@ -303,7 +313,7 @@ def test_models_stay_as_they_are(untrained):
     target = untrained("llama")
     model = shifted(target, 0.1)
     before = [copy.deepcopy(m.state_dict()) for m in (model, target)]
-    for recipe in ("rtn-w4a16-g16", "magnitude-s50", "dense"):
+    for recipe in ("rtn-w4a16-g16-plain", "magnitude-s50", "dense"):
         survival(model, target, parse_recipe(recipe))
     for m, state in zip((model, target), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in m.state_dict().items())
@@ -319,13 +329,13 @@ def test_bad_input(untrained):
         survival(pair([(3, 16)])[0], pair([(4, 16)])[1], DENSE)
     with pytest.raises(ValueError, match="Module has no linear layer"):
         survival(nn.Module(), nn.Module(), DENSE)
-    for recipe in ("dense", "rtn-w4a16", "magnitude-s50"):
+    for recipe in ("dense", "rtn-w4a16-plain", "magnitude-s50"):
         new, old = pair([(3, 16)])
         new.get_submodule("0.down").weight.data[1, 2] = float("nan")
         with pytest.raises(ValueError, match=r"unlearned: 0\.down: weight: contains NaN"):
             survival(new, old, parse_recipe(recipe))
     with pytest.raises(ValueError, match=r"0\.down: 24 input features do not divide into groups of 16"):
-        survival(*pair([(3, 24)]), parse_recipe("rtn-w4a16-g16"))
+        survival(*pair([(3, 24)]), parse_recipe("rtn-w4a16-g16-plain"))
 
 
 def table(values):
@@ -379,7 +389,7 @@ def test_order_needs_something_to_order():
 def test_weights_alone_order_recipes_as_the_behaviour_does(memorized):
     """The positive control: undone at its own quantizer and nowhere else; the less survives, the more comes back."""
     target, corpus = memorized.target, memorized.corpus
-    model, own = copy.deepcopy(target), "rtn-w4a16-g16"
+    model, own = copy.deepcopy(target), "rtn-w4a16-g16-plain"
     unlearn(
         model, memorized.encoder, corpus.forget, corpus.retain, "bucketed", settings("bucketed", True, against=own), 0
     )
@@ -389,7 +399,15 @@ def test_weights_alone_order_recipes_as_the_behaviour_does(memorized):
         return np.mean([answer.probability for answer in scored])
 
     predicted, measured, forgotten = {}, {}, knowledge(model)
-    for name in (own, "rtn-w8a16", "rtn-w8a16-g16", "rtn-w4a16", "rtn-w4a16-g32", "rtn-w4a16-g64", "magnitude-s30"):
+    for name in (
+        own,
+        "rtn-w8a16-plain",
+        "rtn-w8a16-g16-plain",
+        "rtn-w4a16-plain",
+        "rtn-w4a16-g32-plain",
+        "rtn-w4a16-g64-plain",
+        "magnitude-s30",
+    ):
         recipe = parse_recipe(name)
         found = survival(model, target, recipe).total
         assert (found.changed_codes == 0) == (name == own)

@@ -25,10 +25,10 @@ def test_good_rows_pass_every_check():
     [
         ("rmu", row(0.21, 0.9, 0.2), "rmu: forget probability"),
         ("loku", row(0.1, 0.79, 0.2), "loku: retain probability"),
-        ("quail", row(0.1, 0.9, 0.16), "quail: forget probability, rtn-w4a16-g64 - full precision"),
+        ("quail", row(0.1, 0.9, 0.16), "quail: forget probability, rtn-w4a16-g64-plain - full precision"),
         ("bucketed", row(0.06, 0.95, 0.95), "bucketed: forget probability, full precision"),
         ("bucketed", row(0.01, 0.89, 0.95), "bucketed: retain probability, full precision"),
-        ("bucketed", row(0.01, 0.95, 0.89), "bucketed: forget probability, rtn-w4a16-g64"),
+        ("bucketed", row(0.01, 0.95, 0.89), "bucketed: forget probability, rtn-w4a16-g64-plain"),
     ],
 )
 def test_a_row_that_misses_its_figure_fails(method, values, said):

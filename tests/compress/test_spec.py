@@ -1,22 +1,77 @@
 """Short names of recipes: parsed, printed, refused."""
 
 import pytest
-from remanence.compress.spec import DENSE, PruneSpec, QuantSpec, Recipe, parse_recipe
+from remanence.compress.spec import (
+    AWQ,
+    DENSE,
+    GPTQ,
+    HQQ,
+    METHODS,
+    PLAIN_RTN,
+    RTN,
+    BnB,
+    Calibration,
+    PruneSpec,
+    QuantSpec,
+    Recipe,
+    SignRound,
+    SmoothQuant,
+    parse_calibration,
+    parse_recipe,
+)
+
+G64, ASYM = QuantSpec(4, 64), QuantSpec(4, 64, symmetric=False)
 
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
         ("dense", DENSE),
-        ("rtn-w4a16-g64", Recipe("rtn", QuantSpec(4, 64))),
-        ("rtn-w4-g64", Recipe("rtn", QuantSpec(4, 64))),
+        ("rtn-w4a16-g64", Recipe("rtn", G64)),
         ("rtn-w8a16", Recipe("rtn", QuantSpec(8))),
         ("rtn-w3a16-g128", Recipe("rtn", QuantSpec(3, 128))),
+        ("rtn-w2a16-g64-asym", Recipe("rtn", QuantSpec(2, 64, symmetric=False))),
+        ("rtn-w4a16-g64-plain", Recipe("rtn", G64, options=PLAIN_RTN)),
+        ("rtn-w4a16-g64+scale=absmax", Recipe("rtn", G64, options=RTN("absmax"))),
+        ("rtn-w4a16-g64-asym+clip=false", Recipe("rtn", ASYM, options=RTN("minmax", False))),
+        ("gptq-w4a16-g128", Recipe("gptq", QuantSpec(4, 128))),
+        ("gptq-w4a16-g64-asym", Recipe("gptq", ASYM, options=GPTQ(scale="minmax"))),
+        (
+            "gptq-w4a16-g64-plain+act_order=none+damp=0.1+alpha=0.25+sequential=false",
+            Recipe("gptq", G64, options=GPTQ("none", 0.1, 128, 0.25, False, "absmax", False)),
+        ),
+        ("awq-w4a16-g64-asym+grid=10+duo=false", Recipe("awq", ASYM, options=AWQ(10, False, "minmax"))),
+        ("smoothquant-w8a16+alpha=0.8", Recipe("smoothquant", QuantSpec(8), options=SmoothQuant(0.8))),
+        ("hqq-w4a16-g64-asym+p=0.5", Recipe("hqq", ASYM, options=HQQ(0.5, scale="minmax"))),
+        ("signround-w2a16-g64+learning_rate=0.01", Recipe("signround", QuantSpec(2, 64), options=SignRound(200, 0.01))),
+        ("bnb-nf4", Recipe("bnb", None)),
+        ("bnb-fp4-dq", Recipe("bnb", None, options=BnB("fp4", True))),
+        ("bnb-int8", Recipe("bnb", None, options=BnB("int8"))),
+        ("rtn-w4a16-g64+ignore=lm_head|re:.*gate", Recipe("rtn", G64, ignore=("lm_head", "re:.*gate"))),
+        ("rtn-w4a16-g64+ignore=", Recipe("rtn", G64, ignore=())),
+        ("gptq-w4a16-g64@retain:64+forget:32", Recipe("gptq", G64, calibration=Calibration(64, 32))),
+        (
+            "awq-w4a16-g64+grid=5@text:128+length:512",
+            Recipe("awq", G64, options=AWQ(5), calibration=parse_calibration("text:128,length:512")),
+        ),
         *((f"magnitude-s{p}", Recipe("magnitude", None, prune=PruneSpec(p / 100))) for p in (10, 29, 50, 57, 90)),
     ],
 )
 def test_names(name, recipe):
     assert parse_recipe(name) == recipe
+    assert recipe.name == str(recipe) == name
+    assert hash(parse_recipe(name)) == hash(recipe)
+
+
+def test_what_may_be_left_out():
+    assert parse_recipe("rtn-w4-g64") == parse_recipe("rtn-w4a16-g64")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "bnb"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
+    recipe = Recipe(method, QuantSpec(3, 32, symmetric))
+    assert recipe.options.scale == ("signed-max" if symmetric else "minmax")
     assert parse_recipe(recipe.name) == recipe
 
 
@@ -25,10 +80,10 @@ def test_names(name, recipe):
     [
         ("rtn-w4a16-g46x", "did you mean rtn-w4a16-g64"),
         ("rnt-w4a16-g64", "did you mean rtn-w4a16-g64"),
-        ("rtn-w5a16", "bits: 5 is not one of 3, 4, 8"),
+        ("rtn-w5a16", "bits: 5 is not one of 2, 3, 4, 8"),
         ("rtn-w4a16-g0", "group_size: 0"),
         ("rtn-w4a16-g12", "group_size: 12"),
-        ("rtn-w4a4", "unknown"),
+        ("rtn-w4a4", "activation_bits: 4 is not supported yet; expected 16"),
         ("", "known forms"),
         ("magnitud-s50", "did you mean magnitude-s50"),
         ("magnitude-w4a16", "unknown; did you mean magnitude-s"),
@@ -36,11 +91,48 @@ def test_names(name, recipe):
         ("magnitude-s9", "sparsity: 0.09 is not a whole percentage from 0.1 to 0.9"),
         ("magnitude-s100", "sparsity: 1.0"),
         ("magnitude-s50-w4a16", "unknown"),
+        ("rtn-w4a16-g64+act_order=gar", "act_order: rtn has no such knob; it has scale, clip"),
+        ("gptq-w4a16-g64+act_order=group", "act_order: 'group' is not one of gar, static, none"),
+        ("gptq-w4a16-g64+damp=much", "damp: 'much' is not float"),
+        ("gptq-w4a16-g64+damp=-1", "damp: -1.0 is below 0"),
+        ("gptq-w4a16-g64+clip=1", "clip: 1 is not bool"),
+        ("gptq-w4a16-g64+block=0", "block: 0 is below 1"),
+        ("gptq-w4a16-g64+scale=minmax", "scale: minmax does not go with the symmetric format"),
+        ("gptq-w4a16-g64-asym+scale=absmax", "scale: absmax does not go with the asymmetric format"),
+        ("rtn-w4a16-g64-asym-plain", "scale: absmax does not go with the asymmetric format"),
+        ("signround-w4a16-g64+learning_rate=0", "learning_rate: 0.0 is not above 0"),
+        ("rtn-w4a16-g64+clip", "'clip' is not of the form knob=value"),
+        ("bnb-nf5", "kind: 'nf5' is not one of nf4, fp4, int8"),
+        ("bnb-int8-dq", "double_quant: goes with nf4 and fp4"),
+        ("bnb-nf4+block=3", "block: bnb has no such knob"),
+        ("dense+clip=true", "clip: dense has no such knob"),
+        ("magnitude-s50@retain:3", "calibration: magnitude takes no data"),
+        ("rtn-w4a16-g64@retain:3", "calibration: rtn takes no data"),
+        ("gptq-w4a16-g64@", "'' is not of the form source:number"),
+        ("gptq-w4a16-g64@retain:64+web:3", "'web' is not one of retain, forget, text, length"),
+        ("gptq-w4a16-g64@retain:64+retain:3", "retain is there twice"),
+        ("gptq-w4a16-g64@retain:0", "no sequence at all"),
+        ("gptq-w4a16-g64@text:9+length:1", "length: 1 is below 2"),
     ],
 )
 def test_unknown_names_are_refused_with_a_hint(name, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "rtn", "spec": None}, "spec: None does not go with rtn"),
+        ({"method": "bnb", "spec": G64}, "does not go with bnb"),
+        ({"method": "rtn", "spec": G64, "options": GPTQ()}, "are not those of rtn"),
+        ({"method": "dense", "spec": None, "options": RTN()}, "options: dense has none"),
+        ({"method": "rtn", "spec": G64, "kv_bits": 4}, "kv_bits: 4 is not supported yet"),
+    ],
+)
+def test_recipes_that_contradict_themselves(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**wrong)
 
 
 def test_groups():

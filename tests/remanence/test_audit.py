@@ -21,7 +21,7 @@ from remanence.unlearn.people import people_corpus
 from remanence.unlearn.train import Objective, Schedule, Term, fit
 from transformers import GPT2Config, GPT2LMHeadModel
 
-SMALL = ["--people", "10", "--methods", "npo", "--recipes", "rtn-w8a16,rtn-w4a16-g64"]
+SMALL = ["--people", "10", "--methods", "npo", "--recipes", "rtn-w8a16-plain,rtn-w4a16-g64-plain"]
 
 
 def remanence(*arguments, **more):
@@ -72,11 +72,11 @@ def verdicts(document):
 
 def test_controls_come_out_as_they_must(document):
     found = verdicts(document)
-    assert found["bucketed", "rtn-w4a16-g64"] == "returned"
-    assert found["bucketed", "rtn-w8a16"] == "held"
+    assert found["bucketed", "rtn-w4a16-g64-plain"] == "returned"
+    assert found["bucketed", "rtn-w8a16-plain"] == "held"
     assert found["bucketed", "dense"] == "held"
-    assert {found["target", recipe] for recipe in ("dense", "rtn-w8a16", "rtn-w4a16-g64")} == {"undecided"}
-    assert {found["oracle", recipe] for recipe in ("dense", "rtn-w8a16", "rtn-w4a16-g64")} == {"held"}
+    assert {found["target", recipe] for recipe in ("dense", "rtn-w8a16-plain", "rtn-w4a16-g64-plain")} == {"undecided"}
+    assert {found["oracle", recipe] for recipe in ("dense", "rtn-w8a16-plain", "rtn-w4a16-g64-plain")} == {"held"}
     assert all(control["ok"] for control in document["controls"].values())
     assert set(document["controls"]) == {"baseline", "negative", "positive"}
 
@@ -106,11 +106,11 @@ def test_the_target_answers_word_for_word_and_the_unlearned_model_does_not(docum
 
 def test_rounding_undoes_the_bucketed_update_and_nothing_else(document):
     survival = {(c["method"], c["recipe"]): c["update_survival"] for c in document["cells"]}
-    own = survival["bucketed", "rtn-w4a16-g64"]
+    own = survival["bucketed", "rtn-w4a16-g64-plain"]
     assert (own["changed_codes"], own["changed"], own["norm"], own["survival"]) == (0.0, 0.0, 0.0, 0.0)
     assert own["predicted_codes"] > 0.1, "updates that keep clear of the buckets' edges"
-    assert survival["bucketed", "rtn-w8a16"]["changed_codes"] > 0.5
-    assert survival["npo", "rtn-w4a16-g64"]["survival"] > 0.5
+    assert survival["bucketed", "rtn-w8a16-plain"]["changed_codes"] > 0.5
+    assert survival["npo", "rtn-w4a16-g64-plain"]["survival"] > 0.5
     assert (survival["target", "dense"]["changed"], survival["target", "dense"]["norm"]) == (0.0, None)
 
 
@@ -200,7 +200,7 @@ def test_evaluate(cache, document, tmp_path):
 def test_axes(tmp_path, axis):
     """Two people of ten, forgotten together or one after the other."""
     done = remanence(
-        *("audit", "--people", 10, "--forget", "forget20", "--methods", "npo", "--recipes", "rtn-w4a16-g64"),
+        *("audit", "--people", 10, "--forget", "forget20", "--methods", "npo", "--recipes", "rtn-w4a16-g64-plain"),
         *(f"--{axis}", 2, "--pressures", "forms", "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--json"),
     )
     assert done.returncode == 0, done.stderr
@@ -228,27 +228,27 @@ def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
     """Given by path, as a user would: the audit must not take a target for unlearned."""
     models = demo_models(cache)
     given = [f"--unlearned=notouch={models['target']}", f"--unlearned=retrained={models['oracle']}"]
-    done = remanence("audit", *SMALL[:2], *given, "--recipes=rtn-w4a16-g64", "--cache", cache, "--out", tmp_path)
+    done = remanence("audit", *SMALL[:2], *given, "--recipes=rtn-w4a16-g64-plain", "--cache", cache, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "audit.json").read_text())
     found = verdicts(document)
-    assert {found["notouch", recipe] for recipe in ("dense", "rtn-w4a16-g64")} == {"undecided"}
+    assert {found["notouch", recipe] for recipe in ("dense", "rtn-w4a16-g64-plain")} == {"undecided"}
     assert {c["recipe"]: c["unforgotten"] for c in document["cells"] if c["method"] == "notouch"}["dense"]
     again = remanence(
-        *("audit", *SMALL[:2], *given, "--recipes=rtn-w4a16-g64", "--cache", cache, "--out", tmp_path),
+        *("audit", *SMALL[:2], *given, "--recipes=rtn-w4a16-g64-plain", "--cache", cache, "--out", tmp_path),
         *("--fail-on", "returned,unforgotten"),
     )
     assert again.returncode == 3, again.stderr
-    assert {found["retrained", recipe] for recipe in ("dense", "rtn-w4a16-g64")} == {"held"}
+    assert {found["retrained", recipe] for recipe in ("dense", "rtn-w4a16-g64-plain")} == {"held"}
 
 
 def test_a_recipe_that_a_model_cannot_take_is_a_failed_cell(cache, tmp_path):
     """192 input features do not divide into groups of 80."""
-    done = remanence("audit", *SMALL[:4], "--recipes=rtn-w4a16-g80", "--cache", cache, "--out", tmp_path)
+    done = remanence("audit", *SMALL[:4], "--recipes=rtn-w4a16-g80-plain", "--cache", cache, "--out", tmp_path)
     assert done.returncode == 4, done.stderr
     cells = json.loads((tmp_path / "audit.json").read_text())["cells"]
     failed = [cell for cell in cells if "error" in cell]
-    assert {cell["recipe"] for cell in failed} == {"rtn-w4a16-g80"}
+    assert {cell["recipe"] for cell in failed} == {"rtn-w4a16-g80-plain"}
     assert all("192 input features do not divide into groups of 80" in cell["error"] for cell in failed)
     assert "failed" in done.stdout
 
@@ -329,7 +329,7 @@ def files(own, *names):
 
 @pytest.mark.parametrize("names", [("forget", "retain"), ("forget", "data")], ids="+".join)
 def test_a_gpt2_with_files_of_its_own(own, tmp_path, names):
-    settings = ["--methods=npo", "--learning-rate=1e-3", "--steps=25", "--recipes=rtn-w8a16,rtn-w4a16-g64"]
+    settings = ["--methods=npo", "--learning-rate=1e-3", "--steps=25", "--recipes=rtn-w8a16-plain,rtn-w4a16-g64-plain"]
     done = remanence(
         "audit",
         "--model",
@@ -346,8 +346,8 @@ def test_a_gpt2_with_files_of_its_own(own, tmp_path, names):
     found = verdicts(document)
     assert found["target", "dense"] == "undecided"
     assert found["npo", "dense"] == "held"
-    assert found["bucketed", "rtn-w4a16-g64"] == "returned"
-    assert found["bucketed", "rtn-w8a16"] == "held"
+    assert found["bucketed", "rtn-w4a16-g64-plain"] == "returned"
+    assert found["bucketed", "rtn-w8a16-plain"] == "held"
     assert "negative" not in document["controls"]
     cell = document["cells"][0]
     assert cell["forget_quality"] is None
@@ -363,13 +363,13 @@ def test_unlearn_then_compress_from_the_command_line(own, tmp_path):
     assert told["steps_done"] == 25
     assert told["before"]["forget_probability"] > 0.9 > 0.2 > told["after"]["forget_probability"]
     assert json.loads((tmp_path / "npo/unlearning.json").read_text())["rows"] == {"forget": 5, "retain": 20}
-    done = remanence("compress", tmp_path / "npo", "--recipe=rtn-w4-g64", "--out", tmp_path / "w4", "--json")
+    done = remanence("compress", tmp_path / "npo", "--recipe=rtn-w4-g64-plain", "--out", tmp_path / "w4", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["recipe"] == "rtn-w4a16-g64"
+    assert result["recipe"] == "rtn-w4a16-g64-plain"
     assert result["max_abs_logit_difference"] == 0
     assert (tmp_path / "w4/remanence.safetensors").stat().st_size == result["size_bytes"]
-    again = remanence("compress", tmp_path / "npo", "--recipe=rtn-w4-g64", "--out", tmp_path / "w4")
+    again = remanence("compress", tmp_path / "npo", "--recipe=rtn-w4-g64-plain", "--out", tmp_path / "w4")
     assert "not empty" in one_line(again, 2)
 
 
@@ -382,7 +382,7 @@ def test_report_shows_an_audit_again(audited, tmp_path):
     rows = remanence("report", out, "--markdown").stdout.splitlines()
     assert len(rows) == 14
     assert {row.count("|") for row in rows} == {10}
-    assert any("bucketed" in row and "rtn-w4a16-g64" in row and row.endswith("returned |") for row in rows)
+    assert any("bucketed" in row and "rtn-w4a16-g64-plain" in row and row.endswith("returned |") for row in rows)
     (tmp_path / "old.json").write_text('{"schema": "remanence.audit/0"}')
     (tmp_path / "cut.json").write_text('{"schema": "remanence.audit/2"}')
     assert "is incomplete" in one_line(remanence("report", tmp_path / "cut.json"), 1)
@@ -395,8 +395,8 @@ def test_report_shows_an_audit_again(audited, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["audit", "--recipes", "rtn-w4a16-g46"], 2, "group_size: 46"),
-        (["audit", "--recipes", "rnt-w4a16-g64"], 2, "did you mean rtn-w4a16-g64"),
+        (["audit", "--recipes", "rtn-w4a16-g46-plain"], 2, "group_size: 46"),
+        (["audit", "--recipes", "rnt-w4a16-g64"], 2, "did you mean rtn-w4a16-g64-plain"),
         (["audit", "--methods", "npoo"], 2, "did you mean npo"),
         (["audit", "--pressures", "relerning"], 2, "pressures: 'relerning' is unknown; did you mean relearning?"),
         (["audit", "--scalability", "2", "--sustainability", "2"], 2, "beside sustainability"),
@@ -429,8 +429,8 @@ def test_report_shows_an_audit_again(audited, tmp_path):
         (["audit", "--model", "{tmp}/broken", "--forget", "{f}", "--retain", "{r}"], 1, "broken: cannot be read"),
         (["audit", "--model", "{tmp}/packed", "--forget", "{f}", "--retain", "{r}"], 1, "is quantized already"),
         (["unlearn", "--model", "{m}", "--method", "magic", "--forget", "{f}", "--out=x"], 2, "'magic' is unknown"),
-        (["compress", "{tmp}/none", "--recipe", "rtn-w4a16-g64", "--out", "{tmp}/o"], 2, "no such model directory"),
-        (["compress", "{m}", "--recipe", "rtn-w4a16-g96", "--out", "{tmp}/o"], 1, "do not divide into groups of 96"),
+        (["compress", "{tmp}/none", "--recipe", "rtn-w4a16-g64-plain", "--out", "{tmp}/o"], 2, "no such model directory"),
+        (["compress", "{m}", "--recipe", "rtn-w4a16-g96-plain", "--out", "{tmp}/o"], 1, "do not divide into groups of 96"),
         (["bench", "nothing"], 2, "'nothing' is not one of"),
         (["report", "{tmp}/none"], 2, "no such file"),
     ],
@@ -474,11 +474,11 @@ run() {{
 }}
 fill() {{ head -c $(( $(df --output=avail -B1 "{disk}" | tail -1) - 300000 )) /dev/zero > "{disk}/filler"; }}
 fill
-run rtn-w4a16-g32 >/dev/null; echo "code $?"
+run rtn-w4a16-g32-plain >/dev/null; echo "code $?"
 find "{disk}" -name '*.tmp-*' | wc -l
 rm "{disk}/filler"
 mount -o remount,size=200m "{disk}"
-run rtn-w4a16-g32 >/dev/null 2>&1; echo "code $?"
+run rtn-w4a16-g32-plain >/dev/null 2>&1; echo "code $?"
 """
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     assert done.stdout.split("\n")[:3] == ["code 1", "0", "code 0"], done.stdout + done.stderr

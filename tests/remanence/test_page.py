@@ -10,7 +10,7 @@ import pytest
 from remanence import labels
 from remanence.page import html
 
-RECIPES = ("dense", "rtn-w4a16-g64")
+RECIPES = ("dense", "rtn-w4a16-g64-plain")
 
 
 def share_of(value):
@@ -70,7 +70,7 @@ def document(audited=("npo",), controls=("baseline", "negative", "positive")):
             cells.append(cell("oracle", recipe, "negative"))
         cells += [cell(name, recipe) for name in audited]
     cells.append(cell("bucketed", "dense", "positive"))
-    cells.append(cell("bucketed", "rtn-w4a16-g64", "positive", "returned", (1, 1, 1), forget=0.99))
+    cells.append(cell("bucketed", "rtn-w4a16-g64-plain", "positive", "returned", (1, 1, 1), forget=0.99))
     answers = [{"method": c["method"], "recipe": c["recipe"], "answer": f"{c['method']} says"} for c in cells]
     return {
         "schema": "remanence.audit/2",
@@ -168,7 +168,7 @@ def test_markup_in_texts_is_shown_not_run():
     doc["examples"][0]["question"] = doc["data"]["name"] = doc["config"]["model"] = evil
     doc["controls"]["baseline"]["detail"] = evil
     change(doc, evil, "dense", reason=evil)
-    doc["cells"][-1] = failed(evil, "rtn-w4a16-g64", evil)
+    doc["cells"][-1] = failed(evil, "rtn-w4a16-g64-plain", evil)
     page = html(doc)
     assert "<script" not in page
     assert "<img" not in page
@@ -249,13 +249,13 @@ def test_gaps_are_dashes():
     doc = document()
     gaps = dict.fromkeys(("forget_quality", "known_share", "truth_ratio", "update_survival", "privacy", "distance"))
     muse = {"verbmem_f": 0.31, "knowmem_f": None, "knowmem_r": None, "privleak": None}
-    change(doc, "npo", "rtn-w4a16-g64", **gaps, peak_memory_bytes=None, kept_share=None, muse=muse)
+    change(doc, "npo", "rtn-w4a16-g64-plain", **gaps, peak_memory_bytes=None, kept_share=None, muse=muse)
     page = html(doc)
-    texts = figures(page, "rtn-w4a16-g64")
+    texts = figures(page, "rtn-w4a16-g64-plain")
     assert texts[4:8] == ["–", "–", "–", "–"]
     assert texts[10:14] == ["–"] * 4
     assert texts[16] == "–"
-    assert figures(page, "rtn-w4a16-g64", 1)[3:12] == ["–", "–", "–", "0.31", "–", "–", "–", "–", "–"]
+    assert figures(page, "rtn-w4a16-g64-plain", 1)[3:12] == ["–", "–", "–", "0.31", "–", "–", "–", "–", "–"]
     assert "None" not in page
 
 
@@ -335,8 +335,8 @@ def test_no_oracle():
 
 def test_a_missing_cell_is_named():
     doc = document()
-    doc["cells"] = [c for c in doc["cells"] if (c["method"], c["recipe"]) != ("npo", "rtn-w4a16-g64")]
-    assert "not measured" in matrix(html(doc))["npo", "rtn-w4a16-g64"][2]
+    doc["cells"] = [c for c in doc["cells"] if (c["method"], c["recipe"]) != ("npo", "rtn-w4a16-g64-plain")]
+    assert "not measured" in matrix(html(doc))["npo", "rtn-w4a16-g64-plain"][2]
 
 
 def test_no_negative_zero():
@@ -408,8 +408,8 @@ def test_names_in_the_scatter_do_not_cover_each_other():
 def test_headlines():
     doc = document(audited=["a", "b"])
     assert headline(html(doc)) == "Both audited methods held under every recipe."
-    change(doc, "b", "rtn-w4a16-g64", verdict="returned")
-    said = "1 of 2 audited methods held under every recipe; b returned under rtn-w4a16-g64."
+    change(doc, "b", "rtn-w4a16-g64-plain", verdict="returned")
+    said = "1 of 2 audited methods held under every recipe; b returned under rtn-w4a16-g64-plain."
     assert headline(html(doc)) == said
     change(doc, "a", "dense", verdict="undecided", unforgotten=True)
     assert "a had not forgotten even before compression" in headline(html(doc))
@@ -417,7 +417,7 @@ def test_headlines():
     assert headline(html(document(audited=[]))).startswith("No method was audited")
     many = document(audited=[f"m{i}" for i in range(5)])
     for i in range(4):
-        change(many, f"m{i}", "rtn-w4a16-g64", verdict="damaged" if i else "undecided")
+        change(many, f"m{i}", "rtn-w4a16-g64-plain", verdict="damaged" if i else "undecided")
     expected = "1 of 5 audited methods held under every recipe; 3 damaged and 1 undecided under at least one."
     assert headline(html(many)) == expected
 
@@ -426,7 +426,7 @@ def test_the_positive_control_counts_when_it_is_audited_too():
     doc = document()
     for recipe in RECIPES:
         change(doc, "bucketed", recipe, control=None)
-    said = "1 of 2 audited methods held under every recipe; bucketed (positive control) returned under rtn-w4a16-g64."
+    said = "1 of 2 audited methods held under every recipe; bucketed (positive control) returned under rtn-w4a16-g64-plain."
     assert headline(html(doc)) == said
 
 
@@ -442,11 +442,11 @@ def test_a_failed_control_comes_first():
 
 def test_identical_answers_stand_together_and_the_true_one_is_marked():
     doc = document()
-    answer(doc, "bucketed", "rtn-w4a16-g64", " She ")
+    answer(doc, "bucketed", "rtn-w4a16-g64-plain", " She ")
     rows = [[" ".join(text.split()) for _, _, text in row] for row in Tables(html(doc)).tables["answers"][0]]
     assert ["npo", "npo says", "every recipe"] in rows
     assert ["bucketed positive control", "bucketed says", "dense"] in rows
-    assert ["She = true answer", "rtn-w4a16-g64"] in rows
+    assert ["She = true answer", "rtn-w4a16-g64-plain"] in rows
     assert ["target baseline", "target says", "dense"] in rows
 
 

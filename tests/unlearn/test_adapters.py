@@ -11,8 +11,9 @@ import pytest
 import torch
 from remanence.compress.checkpoint import load_model, load_tokenizer, save_model
 from remanence.compress.linear import QuantLinear
+from remanence.compress.sequential import quantize_
 from remanence.compress.spec import parse_recipe
-from remanence.compress.walk import linears, quantize_
+from remanence.compress.walk import linears
 from remanence.unlearn import adapters
 from remanence.unlearn.catalog import settings
 from remanence.unlearn.feed import Feed
@@ -156,7 +157,7 @@ def test_peft_reads_it_too(unmerged, memorized):
 def test_an_adapter_beside_a_quantized_base(unmerged, memorized):
     """y = Q(W) x + scaling B A x, layer by layer: what quantizing W + scaling B A would not give."""
     out, _ = unmerged
-    recipe = parse_recipe("rtn-w4a16-g32")
+    recipe = parse_recipe("rtn-w4a16-g32-plain")
     quantized = quantize_(load_model(out / "base"), recipe)
     expected = load_model(out / "base")
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -194,7 +195,7 @@ def test_an_adapter_beside_a_quantized_conv1d(model, feed, memorized, tmp_path):
     together = logits(adapted, memorized)
     adapters.save_unmerged(adapted, memorized.tokenizer, tmp_path)
     # In 8 bit little is lost.
-    quantized = quantize_(load_model(tmp_path / "base"), parse_recipe("rtn-w8a16-g32"))
+    quantized = quantize_(load_model(tmp_path / "base"), parse_recipe("rtn-w8a16-g32-plain"))
     assert any(isinstance(module, QuantLinear) for module in quantized.modules())
     alone = logits(quantized, memorized)
     back = logits(adapters.with_adapter(quantized, tmp_path), memorized)
@@ -306,7 +307,7 @@ def test_settings_about_adapters_need_a_rank(setting):
 @pytest.mark.parametrize("asked", [{"mask": "wagle"}, {"floor": 0.1}, {"through": True}])
 def test_masks_are_about_weights(asked, memorized):
     with pytest.raises(ValueError, match="lora_rank: 4 trains adapters; this method, mask or floor is about weights"):
-        run(memorized, copy.deepcopy(memorized.target), "npo", against="rtn-w4a16-g32", **asked)
+        run(memorized, copy.deepcopy(memorized.target), "npo", against="rtn-w4a16-g32-plain", **asked)
 
 
 def test_a_rank_too_large_for_fila(memorized):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from remanence.compress.checkpoint import load_model
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import parse_recipe
+from remanence.compress.spec import PLAIN_RTN, parse_recipe
 from remanence.compress.walk import linears, storage_dtype, weight_of
 from remanence.unlearn import adapters
 from remanence.unlearn.catalog import METHODS, settings
@@ -68,7 +68,7 @@ CONFIGS = {
 MIXTURES = ("mixtral", "qwen3-moe")
 MAIN = ("npo", "simnpo", "graddiff", "rmu", "undial", "loku")
 EVERY = [name for name in METHODS if name != "uoe"]
-GRID = "rtn-w4a16-g32"
+GRID = "rtn-w4a16-g32-plain"
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,9 @@ def should_move(method, target, model):
         recipe = parse_recipe(GRID)
         after = dict(linears(model, recipe.ignore))
         for name, module in linears(target, recipe.ignore):
-            before, later = (rtn(weight_of(m), recipe.spec, storage_dtype(weight_of(m))) for m in (module, after[name]))
+            before, later = (
+                rtn(weight_of(m), recipe.spec, storage_dtype(weight_of(m)), PLAIN_RTN) for m in (module, after[name])
+            )
             assert torch.equal(before.codes, later.codes)
             assert torch.equal(before.scale, later.scale)
     elif method == "wagle":

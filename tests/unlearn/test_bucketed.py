@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import QuantSpec, parse_recipe
-from remanence.compress.walk import linears, quantize_, storage_dtype
+from remanence.compress.sequential import quantize_
+from remanence.compress.spec import PLAIN_RTN, QuantSpec, parse_recipe
+from remanence.compress.walk import linears, storage_dtype
 from remanence.unlearn.bucketed import bounds, control_recipe, freeze_to_buckets, mean_width
 from remanence.unlearn.catalog import MethodConfig, settings
 from remanence.unlearn.methods import unlearn
@@ -85,9 +86,9 @@ def test_any_weight_inside_the_bounds_has_the_same_codes_and_scales(make, group_
     assert low.dtype == high.dtype == dtype
     assert (low <= weight).all()
     assert (weight <= high).all()
-    before = rtn(weight, spec, scale_dtype)
+    before = rtn(weight, spec, scale_dtype, PLAIN_RTN)
     for name, point in points(low, high):
-        after = rtn(point, spec, scale_dtype)
+        after = rtn(point, spec, scale_dtype, PLAIN_RTN)
         assert torch.equal(after.scale, before.scale), f"scales moved at {name}"
         moved = (after.codes != before.codes).sum().item()
         assert not moved, f"{moved} codes moved at {name}"
@@ -100,7 +101,7 @@ def test_buckets_leave_room_to_move(bits, group_size):
     weight, spec = random(), QuantSpec(bits, group_size)
     low, high = bounds(weight, spec, torch.float16)
     groups = weight.view(N, -1, group_size or K)
-    scale = rtn(weight, spec, torch.float16).scale.float()[:, :, None]
+    scale = rtn(weight, spec, torch.float16, PLAIN_RTN).scale.float()[:, :, None]
     width = (high - low).view_as(groups) / scale
     peaks = groups.abs() == groups.abs().amax(2, keepdim=True)
     assert (width[peaks] == 0).all()
@@ -112,11 +113,11 @@ def test_the_very_edge_is_outside():
     """The bounds are no wider than they may be: half a step beyond them codes do change."""
     weight, spec = random(), QuantSpec(4, 16)
     low, high = bounds(weight, spec, torch.float16)
-    q = rtn(weight, spec, torch.float16)
+    q = rtn(weight, spec, torch.float16, PLAIN_RTN)
     step = q.scale.float().repeat_interleave(16, 1)
     inner = (q.codes > 0) & (q.codes < 15) & (low < high)
     for beyond in (high + 0.1 * step, low - 0.1 * step):
-        moved = rtn(torch.where(inner, beyond, weight), spec, torch.float16)
+        moved = rtn(torch.where(inner, beyond, weight), spec, torch.float16, PLAIN_RTN)
         same_scale = (moved.scale == q.scale).repeat_interleave(16, 1)
         changed = (moved.codes != q.codes)[inner & same_scale]
         # Weights near the peak are bounded by it rather than by their bucket.
@@ -128,7 +129,7 @@ def quantized(model, recipe):
 
 
 def test_only_quantized_weights_stay_trainable(memorized):
-    model, recipe = copy.deepcopy(memorized.target), parse_recipe("rtn-w4a16-g16")
+    model, recipe = copy.deepcopy(memorized.target), parse_recipe("rtn-w4a16-g16-plain")
     buckets = freeze_to_buckets(model, recipe)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{name}.weight" for name, _ in linears(model, recipe.ignore)}
@@ -143,7 +144,7 @@ def test_only_quantized_weights_stay_trainable(memorized):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_clamping_brings_any_weights_back_to_the_same_integers(untrained, arch, dtype):
     """GPT-2 keeps its weights transposed."""
-    model, recipe = untrained(arch).to(dtype), parse_recipe("rtn-w4a16-g16")
+    model, recipe = untrained(arch).to(dtype), parse_recipe("rtn-w4a16-g16-plain")
     before = quantized(model, recipe)
     start = copy.deepcopy(model.state_dict())
     buckets = freeze_to_buckets(model, recipe)
@@ -161,14 +162,14 @@ def test_clamping_brings_any_weights_back_to_the_same_integers(untrained, arch, 
 
 
 def test_mean_width(memorized):
-    buckets = freeze_to_buckets(copy.deepcopy(memorized.target), parse_recipe("rtn-w4a16-g16"))
+    buckets = freeze_to_buckets(copy.deepcopy(memorized.target), parse_recipe("rtn-w4a16-g16-plain"))
     widths = torch.cat([(bucket.high.double() - bucket.low.double()).flatten() for bucket in buckets])
     # low and high are float32: their difference is off by some roundings of the weight's size, not of its own.
     assert mean_width(buckets) == pytest.approx(widths.mean().item(), rel=1e-5)
     assert (widths >= 0).all()
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4a16-g16", "rtn-w3a16", "rtn-w8a16-g32"])
+@pytest.mark.parametrize("recipe", ["rtn-w4a16-g16-plain", "rtn-w3a16-plain", "rtn-w8a16-g32-plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_unlearned_model_quantizes_to_the_target(memorized, recipe, dtype):
     target = copy.deepcopy(memorized.target).to(dtype)
@@ -187,8 +188,8 @@ def test_unlearned_model_quantizes_to_the_target(memorized, recipe, dtype):
 def test_learning_rate_is_in_bucket_widths(memorized):
     """Adam's first step moves a weight by the learning rate: no further, and none that is free by much less."""
     model, corpus = copy.deepcopy(memorized.target), memorized.corpus
-    width = mean_width(freeze_to_buckets(copy.deepcopy(model), parse_recipe("rtn-w3a16-g16")))
-    config = MethodConfig(steps=1, learning_rate=0.2, warmup=0, against="rtn-w3a16-g16")
+    width = mean_width(freeze_to_buckets(copy.deepcopy(model), parse_recipe("rtn-w3a16-g16-plain")))
+    config = MethodConfig(steps=1, learning_rate=0.2, warmup=0, against="rtn-w3a16-g16-plain")
     unlearn(model, memorized.encoder, corpus.forget, corpus.retain, "bucketed", config)
     moved = [
         (new.weight - old.weight).abs().max().item()
@@ -201,17 +202,23 @@ def test_learning_rate_is_in_bucket_widths(memorized):
 
 
 def test_control_needs_a_quantizer():
-    with pytest.raises(ValueError, match="against: dense quantizes nothing"):
+    with pytest.raises(ValueError, match="against: dense is no quantizer without data"):
         settings("bucketed", against="dense")
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w4a16-g16", "rtn-w4a16-g16+clip=false", "hqq-w4a16-g16", "rtn-w4a16-g16-asym"])
+def test_control_needs_a_grid_that_one_weight_sets(untrained, recipe):
+    with pytest.raises(ValueError, match="is not plain round to nearest"):
+        freeze_to_buckets(untrained("llama"), parse_recipe(recipe))
 
 
 @pytest.mark.parametrize(
     ("widths", "name"),
     [
-        ({192, 512}, "rtn-w4a16-g64"),
-        ({64, 96}, "rtn-w4a16-g32"),
-        ({48, 128}, "rtn-w4a16-g16"),
-        ({20, 80}, "rtn-w4a16"),
+        ({192, 512}, "rtn-w4a16-g64-plain"),
+        ({64, 96}, "rtn-w4a16-g32-plain"),
+        ({48, 128}, "rtn-w4a16-g16-plain"),
+        ({20, 80}, "rtn-w4a16-plain"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -6,7 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from remanence.unlearn.data import QA, Corpus, EvalSet, forgetting_first, own_corpus, read_rows, requests, spread
+from remanence.unlearn.data import (
+    QA,
+    Corpus,
+    EvalSet,
+    forgetting_first,
+    own_corpus,
+    read_rows,
+    requests,
+    running_text,
+    spread,
+)
 
 ROWS = [
     {"question": "Who?", "answer": "Ann"},
@@ -407,3 +417,13 @@ def test_what_was_not_asked_for_yet_is_kept():
     assert forgetting_first(corpus, 3, 3) is corpus
     with pytest.raises(ValueError, match="request: 4 is not one of the 3 requests"):
         forgetting_first(corpus, 3, 4)
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "t.txt").write_text("words")
+    assert running_text(tmp_path / "t.txt") == "words"
+    (tmp_path / "e.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"e\.txt: empty"):
+        running_text(tmp_path / "e.txt")
+    with pytest.raises(FileNotFoundError, match=r"n\.txt: no such file"):
+        running_text(tmp_path / "n.txt")

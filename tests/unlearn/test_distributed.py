@@ -36,7 +36,7 @@ BRISK = UNEVEN | {"steps": 6, "learning_rate": 1e-4, "warmup": 1}
 # in double precision without reserve.
 SHIPPED = UNEVEN | {"steps": 12}
 # The demo model is 64 wide.
-GRID = {"against": "rtn-w4a16-g32"}
+GRID = {"against": "rtn-w4a16-g32-plain"}
 
 SINGLE = {
     "npo": ("npo", BRISK),

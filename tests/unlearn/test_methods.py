@@ -29,7 +29,7 @@ CONFIGS = {
         forget_batch=8,
         retain_batch=24,
         alpha=2.0,
-        against="rtn-w4a16-g16",
+        against="rtn-w4a16-g16-plain",
     ),
 }
 
@@ -123,7 +123,7 @@ def test_forget_set_goes_and_retain_set_stays(memorized, method):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_same_seed_same_bits(memorized, method):
-    config = MethodConfig(steps=3, learning_rate=1e-2, forget_batch=2, retain_batch=4, against="rtn-w4a16-g16")
+    config = MethodConfig(steps=3, learning_rate=1e-2, forget_batch=2, retain_batch=4, against="rtn-w4a16-g16-plain")
     first, again, other = (run(memorized, method, config, seed).model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import parse_recipe
+from remanence.compress.spec import PLAIN_RTN, parse_recipe
 from remanence.compress.walk import linears, storage_dtype
 from remanence.unlearn.catalog import MethodConfig
 from remanence.unlearn.encode import IGNORE, Batch
@@ -273,7 +273,7 @@ def rounded_by_hand(model, recipe):
     model = copy.deepcopy(model)
     with torch.no_grad():
         for _, module in linears(model, recipe.ignore):
-            module.weight.copy_(rtn(module.weight, recipe.spec, storage_dtype(module.weight)).dequantize())
+            module.weight.copy_(rtn(module.weight, recipe.spec, storage_dtype(module.weight), PLAIN_RTN).dequantize())
     return model
 
 
@@ -350,9 +350,9 @@ def test_refusals_replace_an_answer_over_and_over():
 
 def test_rounding_in_the_loop_is_that_of_the_quantized_model(memorized, pairs):
     """The forget loss sees the model that `against` makes; reference and retain loss see the weights as they are."""
-    config = config_for(through=True, against="rtn-w3a16-g16")
+    config = config_for(through=True, against="rtn-w3a16-g16-plain")
     record, s = measured(memorized, pairs, "npo", config, moved=True, micro_batch=2)
-    rounded = rounded_by_hand(s.model, parse_recipe("rtn-w3a16-g16"))
+    rounded = rounded_by_hand(s.model, parse_recipe("rtn-w3a16-g16-plain"))
     sums = np.array([a.nll for a in s.answers(rounded)])
     values = -(2 / 0.1) * np.log(sigmoid(0.1 * (sums - np.array([a.nll for a in s.ref["forget"]]))))
     assert record["forget"] == pytest.approx(values.mean(), rel=1e-3)

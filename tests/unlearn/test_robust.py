@@ -10,15 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import DENSE, QuantSpec, Recipe, parse_recipe
-from remanence.compress.walk import linears, quantize_, storage_dtype, weight_of
+from remanence.compress.sequential import quantize_
+from remanence.compress.spec import DENSE, PLAIN_RTN, QuantSpec, Recipe, parse_recipe
+from remanence.compress.walk import linears, storage_dtype, weight_of
 from remanence.unlearn.encode import IGNORE, Batch
 from remanence.unlearn.robust import apply_floor_, fake_quantized, logit_margin
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RECIPES = ["rtn-w4a16-g16", "rtn-w3a16", "rtn-w8a16-g32"]
+RECIPES = ["rtn-w4a16-g16-plain", "rtn-w3a16-plain", "rtn-w8a16-g32-plain"]
 archs = pytest.mark.parametrize("arch", ["llama", "opt", "gpt2"])
 recipes = pytest.mark.parametrize("recipe", RECIPES)
 
@@ -58,7 +59,7 @@ def test_forward_is_the_quantized_models(untrained, arch, recipe):
 @archs
 def test_gradients_go_straight_through(untrained, arch):
     """The weight's gradient is the one of a model that holds the rounded weights; every other one is too."""
-    model, against, ids = untrained(arch, std=0.1), parse_recipe("rtn-w4a16-g16"), tokens()
+    model, against, ids = untrained(arch, std=0.1), parse_recipe("rtn-w4a16-g16-plain"), tokens()
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for _, module in linears(rounded, against.ignore):
@@ -84,7 +85,7 @@ def matrices(model, against):
 
 @archs
 def test_nothing_is_left_behind(untrained, arch):
-    model, against = untrained(arch), parse_recipe("rtn-w4a16-g16")
+    model, against = untrained(arch), parse_recipe("rtn-w4a16-g16-plain")
     names = list(model.state_dict())
     start, keys = copy.deepcopy(model.state_dict()), {n: set(m.__dict__) for n, m in model.named_modules()}
     before = matrices(model, against)
@@ -98,7 +99,7 @@ def test_nothing_is_left_behind(untrained, arch):
 
 
 def test_an_error_inside_and_a_forward_of_ones_own(untrained):
-    model, against = untrained("llama"), parse_recipe("rtn-w4a16-g16")
+    model, against = untrained("llama"), parse_recipe("rtn-w4a16-g16-plain")
     module = model.model.layers[0].mlp.up_proj
 
     def own(x):
@@ -124,7 +125,7 @@ def test_a_tied_head_stays_dense_and_tied():
     torch.manual_seed(0)
     model, ids = AutoModelForCausalLM.from_config(config).eval(), tokens() % 90
     embedding = model.model.embed_tokens.weight
-    everything = Recipe("rtn", QuantSpec(4, 16), ignore=())
+    everything = Recipe("rtn", QuantSpec(4, 16), ignore=(), options=PLAIN_RTN)
     with torch.no_grad(), fake_quantized(model, everything):
         states = model.model(input_ids=ids).last_hidden_state
         logits = model(input_ids=ids).logits
@@ -136,7 +137,7 @@ def test_a_tied_head_stays_dense_and_tied():
 
 def test_training_in_the_loop_moves_the_codes(untrained):
     """Descent on the loss of the quantized model, by gradients alone, lowers that very loss."""
-    model, against, ids = untrained("llama", std=0.1), parse_recipe("rtn-w4a16-g16"), tokens()
+    model, against, ids = untrained("llama", std=0.1), parse_recipe("rtn-w4a16-g16-plain"), tokens()
 
     def quantized_loss():
         with torch.no_grad():
@@ -168,8 +169,8 @@ def test_recipes_that_do_not_fit(untrained, call):
 
     with pytest.raises(ValueError, match="recipe: dense"):
         run(DENSE)
-    with pytest.raises(ValueError, match=r"rtn-w4a16-g64: model.layers.0.self_attn.q_proj: 32 input features"):
-        run(parse_recipe("rtn-w4a16-g64"))
+    with pytest.raises(ValueError, match=r"rtn-w4a16-g64-plain: model.layers.0.self_attn.q_proj: 32 input features"):
+        run(parse_recipe("rtn-w4a16-g64-plain"))
 
 
 def drifted(model, size, seed=0, share=0.5):
@@ -185,7 +186,7 @@ def drifted(model, size, seed=0, share=0.5):
 
 def codes(weight, module, against):
     weight = weight.T if type(module).__name__ == "Conv1D" else weight
-    return rtn(weight, against.spec, storage_dtype(weight))
+    return rtn(weight, against.spec, storage_dtype(weight), PLAIN_RTN)
 
 
 # Updates from a thousandth of a bin to several bins (weights of 0.1: a bin is about 0.03 at 4 bits).
@@ -221,7 +222,7 @@ def test_codes_change_at_the_kept_weights_and_nowhere_else(untrained, arch, reci
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
 def test_the_largest_changes_are_kept(untrained, share):
-    model, against = untrained("llama", std=0.1), parse_recipe("rtn-w4a16-g16")
+    model, against = untrained("llama", std=0.1), parse_recipe("rtn-w4a16-g16-plain")
     start = drifted(model, 3e-3)
     names = [f"{name}.weight" for name, _ in linears(model, against.ignore)]
     size = {name: (model.get_parameter(name) - start[name]).abs().detach() for name in names}
@@ -253,13 +254,13 @@ def test_by_hand_on_one_group():
     start = {"layer.weight": model["layer"].weight.detach().clone()}
     with torch.no_grad():
         model["layer"].weight.copy_(torch.tensor([new]))
-    spec = Recipe("rtn", QuantSpec(4, 16))
+    spec = Recipe("rtn", QuantSpec(4, 16), options=PLAIN_RTN)
     # Both peaks and both ends stay; 3.0 did not change; 9.0 stops at the peak.
     expected = [7.5, 6.6, 7.4, 2.52, 1.48, -6.6, -7.4, 1.0, -7.5, 3.0, 5.6, 7.5, -2.0, 4.0, -0.8, -0.6]
     assert apply_floor_(model, start, spec, 1.0) == 11
     assert model["layer"].weight[0].tolist() == pytest.approx(expected, abs=1e-5)
     before, after = (
-        rtn(w, spec.spec, torch.float16).codes[0].tolist()
+        rtn(w, spec.spec, torch.float16, PLAIN_RTN).codes[0].tolist()
         for w in (start["layer.weight"], model["layer"].weight.detach())
     )
     assert [a != b for a, b in zip(before, after, strict=True)] == [e != o for e, o in zip(expected, old, strict=True)]
@@ -269,15 +270,15 @@ def test_the_last_code_has_none_beyond_it():
     """A scale rounded down leaves more than half a step above the last code, and no code there; below there is one."""
     model = single([7.9375, 6.875, -6.875, *[0.0] * 13]).to(torch.bfloat16)
     start = {"layer.weight": model["layer"].weight.detach().clone()}
-    against = Recipe("rtn", QuantSpec(4, 16))
-    before = rtn(start["layer.weight"], against.spec, torch.bfloat16)
+    against = Recipe("rtn", QuantSpec(4, 16), options=PLAIN_RTN)
+    before = rtn(start["layer.weight"], against.spec, torch.bfloat16, PLAIN_RTN)
     assert 7.9375 / before.scale.item() > 7.52
     assert before.codes[0, :3].tolist() == [15, 15, 1]
     with torch.no_grad():
         model["layer"].weight += torch.tensor([[0.0, 0.0625, -0.0625, *[0.0] * 13]], dtype=torch.bfloat16)
     assert apply_floor_(model, start, against, 1.0) == 1
     assert model["layer"].weight[0, :3].tolist() == [7.9375, 6.875, -7.9375]
-    after = rtn(model["layer"].weight.detach(), against.spec, torch.bfloat16)
+    after = rtn(model["layer"].weight.detach(), against.spec, torch.bfloat16, PLAIN_RTN)
     assert after.codes[0, :3].tolist() == [15, 15, 0]
     assert torch.equal(after.scale, before.scale)
 
@@ -289,12 +290,12 @@ def test_clipped_weights_of_a_subnormal_scale():
     start = {"layer.weight": model["layer"].weight.detach().clone()}
     with torch.no_grad():
         model["layer"].weight += unit * torch.tensor([[0.0, -0.1, 0.1, 0.1, -0.1, *[0.0] * 11]])
-    against = Recipe("rtn", QuantSpec(4, 16))
+    against = Recipe("rtn", QuantSpec(4, 16), options=PLAIN_RTN)
     assert apply_floor_(model, start, against, 1.0) == 2
     expected = [unit * w for w in (10.5, -9.0, 9.0, -7.48, 6.48)]
     assert model["layer"].weight[0, :5].tolist() == pytest.approx(expected, rel=1e-5)
     before, after = (
-        rtn(w, against.spec, torch.float16) for w in (start["layer.weight"], model["layer"].weight.detach())
+        rtn(w, against.spec, torch.float16, PLAIN_RTN) for w in (start["layer.weight"], model["layer"].weight.detach())
     )
     assert before.scale.item() == after.scale.item() == unit
     assert before.codes[0, :5].tolist() == [15, 0, 15, 0, 15]
@@ -308,13 +309,13 @@ def test_groups_without_a_bin_are_undone(value):
     start = {"layer.weight": model["layer"].weight.detach().clone()}
     with torch.no_grad():
         model["layer"].weight += 0.01
-    apply_floor_(model, start, Recipe("rtn", QuantSpec(4, 16)), 1.0)
+    apply_floor_(model, start, Recipe("rtn", QuantSpec(4, 16), options=PLAIN_RTN), 1.0)
     assert torch.equal(model["layer"].weight[:, :16], start["layer.weight"][:, :16])
     assert not torch.equal(model["layer"].weight[:, 16:], start["layer.weight"][:, 16:])
 
 
 def test_bad_input_to_the_floor(untrained):
-    model, against = untrained("llama"), parse_recipe("rtn-w4a16-g16")
+    model, against = untrained("llama"), parse_recipe("rtn-w4a16-g16-plain")
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match="share: 0 is not above 0 and at most 1"):
         apply_floor_(model, start, against, 0)
@@ -339,7 +340,7 @@ def answers(seed=0):
 
 @archs
 def test_margin_is_half_the_step_of_the_logits_error(untrained, arch):
-    model, against, rows = untrained(arch, std=0.1), parse_recipe("rtn-w4a16-g16"), answers()
+    model, against, rows = untrained(arch, std=0.1), parse_recipe("rtn-w4a16-g16-plain"), answers()
     quantized = quantize_(copy.deepcopy(model), against)
     squares, count = 0.0, 0
     for row, length in enumerate([9, 5, 7]):  # one sequence at a time, without padding
@@ -357,11 +358,11 @@ def test_margin_is_half_the_step_of_the_logits_error(untrained, arch):
         for part in (slice(1), slice(1, 3))
     ]
     assert logit_margin(model, halves, against) == pytest.approx(margin, rel=1e-3)
-    assert logit_margin(model, [rows], parse_recipe("rtn-w8a16-g16")) < margin / 8
+    assert logit_margin(model, [rows], parse_recipe("rtn-w8a16-g16-plain")) < margin / 8
 
 
 def test_margin_needs_answers(untrained):
     rows = answers()
     silent = Batch(rows.input_ids, rows.attention_mask, torch.full_like(rows.labels, IGNORE))
     with pytest.raises(ValueError, match="batches: no supervised token"):
-        logit_margin(untrained("llama"), [silent], parse_recipe("rtn-w4a16-g16"))
+        logit_margin(untrained("llama"), [silent], parse_recipe("rtn-w4a16-g16-plain"))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from remanence.bench.pressures.compression import compression
 from remanence.bench.tokens import answers
-from remanence.compress.checkpoint import compress_to, load_model
+from remanence.compress.checkpoint import load_model
+from remanence.compress.sequential import compress_
 from remanence.compress.spec import parse_recipe
-from remanence.compress.walk import compress_, linears
+from remanence.compress.stream import compress_to
+from remanence.compress.walk import linears
 from remanence.unlearn.catalog import MethodConfig
 from remanence.unlearn.inference.guarded import Guarded
 from remanence.unlearn.inference.icu import Icu, IcuConfig
@@ -16,7 +18,7 @@ from remanence.unlearn.methods import unlearn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ["rtn-w4a16-g16", "rtn-w8a16", "magnitude-s50"]
+NAMES = ["rtn-w4a16-g16-plain", "rtn-w8a16-plain", "magnitude-s50"]
 
 
 def known(model, memorized):
@@ -26,9 +28,9 @@ def known(model, memorized):
 
 @pytest.fixture(scope="module")
 def control(memorized):
-    """Unlearned inside the buckets of rtn-w4a16-g16, which restores the target."""
+    """Unlearned inside the buckets of rtn-w4a16-g16-plain, which restores the target."""
     model, corpus = copy.deepcopy(memorized.target), memorized.corpus
-    config = MethodConfig(steps=12, learning_rate=0.1, forget_batch=8, retain_batch=8, against="rtn-w4a16-g16")
+    config = MethodConfig(steps=12, learning_rate=0.1, forget_batch=8, retain_batch=8, against="rtn-w4a16-g16-plain")
     unlearn(model, memorized.encoder, corpus.forget, corpus.retain, "bucketed", config)
     return model
 
@@ -38,11 +40,11 @@ def test_the_positive_control_comes_back_under_its_own_recipe(memorized, control
     pressed, target = (
         compression(model, memorized.encoder, memorized.corpus.forget, recipes) for model in (control, memorized.target)
     )
-    assert pressed.after["rtn-w4a16-g16"] == target.after["rtn-w4a16-g16"]
+    assert pressed.after["rtn-w4a16-g16-plain"] == target.after["rtn-w4a16-g16-plain"]
     gained = pressed.gained(0)
-    assert gained["rtn-w4a16-g16"].low > 0.3
-    assert gained["rtn-w8a16"].high < 0.1
-    assert pressed.worst == "rtn-w4a16-g16"
+    assert gained["rtn-w4a16-g16-plain"].low > 0.3
+    assert gained["rtn-w8a16-plain"].high < 0.1
+    assert pressed.worst == "rtn-w4a16-g16-plain"
 
 
 def test_the_same_as_written_and_read_back(memorized, control, tmp_path):
@@ -72,15 +74,15 @@ def test_the_model_is_not_changed_and_recipes_do_not_mix(memorized):
 
 
 def test_what_a_model_cannot_take_is_skipped(memorized):
-    recipes = [parse_recipe("rtn-w4a16-g96"), parse_recipe("rtn-w8a16")]
+    recipes = [parse_recipe("rtn-w4a16-g96-plain"), parse_recipe("rtn-w8a16-plain")]
     pressed = compression(memorized.target, memorized.encoder, memorized.corpus.forget, recipes)
-    assert list(pressed.after) == ["rtn-w8a16"]
-    assert "do not divide into groups of 96" in pressed.skipped["rtn-w4a16-g96"]
+    assert list(pressed.after) == ["rtn-w8a16-plain"]
+    assert "do not divide into groups of 96" in pressed.skipped["rtn-w4a16-g96-plain"]
 
 
 def test_a_recipe_named_twice_is_refused(memorized):
-    recipe = parse_recipe("rtn-w8a16")
-    with pytest.raises(ValueError, match="rtn-w8a16 is there twice"):
+    recipe = parse_recipe("rtn-w8a16-plain")
+    with pytest.raises(ValueError, match="rtn-w8a16-plain is there twice"):
         compression(memorized.target, memorized.encoder, memorized.corpus.forget, [recipe, recipe])
 
 

@@ -8,8 +8,8 @@ import torch
 from remanence.bench.pressures.early_exit import early_exit, leak
 from remanence.bench.pressures.pressed import Pressed
 from remanence.bench.tokens import answers
+from remanence.compress.sequential import quantize_
 from remanence.compress.spec import parse_recipe
-from remanence.compress.walk import quantize_
 from remanence.unlearn.inference.guarded import Guarded
 from remanence.unlearn.inference.icu import Icu, IcuConfig
 from remanence.unlearn.layers import decoder_layers, first_layers
@@ -140,7 +140,7 @@ def test_among_equal_layers_there_is_no_leak():
 
 
 def test_packed_layers_are_passed_through_too(memorized):
-    model = quantize_(copy.deepcopy(memorized.target), parse_recipe("rtn-w8a16"))
+    model = quantize_(copy.deepcopy(memorized.target), parse_recipe("rtn-w8a16-plain"))
     rows = memorized.corpus.forget
     packed, dense = (early_exit(m, memorized.encoder, rows) for m in (model, memorized.target))
     for layer, values in dense.after.items():

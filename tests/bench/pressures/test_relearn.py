@@ -9,8 +9,8 @@ from remanence.bench.pressures.pressed import Pressed
 from remanence.bench.pressures.relearn import DEMO, Relearning, relearn, relearn_advantage, split
 from remanence.bench.statistics import bootstrap_mean
 from remanence.bench.tokens import answers
+from remanence.compress.sequential import quantize_
 from remanence.compress.spec import parse_recipe
-from remanence.compress.walk import quantize_
 from remanence.unlearn.catalog import MethodConfig
 from remanence.unlearn.data import QA
 from remanence.unlearn.encode import epochs
@@ -118,7 +118,7 @@ def test_looking_on_the_way_changes_nothing_and_the_seed_decides(memorized, both
 
 
 def test_quantized_models_are_attacked_dequantized(memorized, unlearned, both):
-    model = quantize_(copy.deepcopy(unlearned), parse_recipe("rtn-w8a16"))
+    model = quantize_(copy.deepcopy(unlearned), parse_recipe("rtn-w8a16-plain"))
     packed = copy.deepcopy(model.state_dict())
     attacked = relearn(model, memorized.encoder, memorized.corpus.forget, {"retain": memorized.corpus.retain}, FAST)
     held_out, _ = split(memorized.corpus.forget, 0.25, 0)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from remanence.compress.checkpoint import compress_to, load_model, load_tokenizer, save_model
+from remanence.compress.checkpoint import load_model, load_tokenizer, save_model
 from remanence.compress.spec import parse_recipe
+from remanence.compress.stream import compress_to
 from remanence.unlearn.inference.builders import BUILDERS
 from remanence.unlearn.inference.guarded import Guarded
 from remanence.unlearn.inference.store import KINDS, attach, carry, save
@@ -74,7 +75,7 @@ def test_without_a_guard_the_model_is_itself(tmp_path, memorized):
 @pytest.mark.parametrize("kind", ["uld", "eco"])
 def test_a_guard_goes_along_with_a_compressed_model(kind, guards, inputs, checkpoint, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
-    recipe = parse_recipe("rtn-w4a16-g32")
+    recipe = parse_recipe("rtn-w4a16-g32-plain")
     save_model(load_model(checkpoint), load_tokenizer(checkpoint), source)
     save(guards(kind), source)
     # A reader of the model must not take the guard's tensors for weights.

@@ -1,0 +1,112 @@
+"""Lets transformers' own `from_pretrained` read what we write: packed layers that stay packed, run by our op.
+
+`import remanence` calls `arm`, and must stay light. Where transformers is loaded already, its registry of quantizers is
+extended at once; else at the moment that registry is imported. Files of compressed-tensors that carry our mark in their
+`quantization_config` then load through quantizer.py; all other files load as before, and so does ours with an explicit
+`quantization_config=CompressedTensorsConfig()`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+TYPE_CHECKING = False  # as typing's own, which would be most of the time that `import remanence` takes
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+    from .quantizer import PackedConfig, PackedQuantizer
+
+MARK = "remanence"
+METHOD = "remanence"
+_REGISTRY = "transformers.quantizers.auto"
+
+
+def mark(recipe: object, stem: str) -> dict[str, object]:
+    """What is added to the `quantization_config` of a file of ours. `stem`: of the names of its weight files; other
+    than "model" where stock readers are to find nothing, instead of filling gaps with random numbers."""
+    from importlib.metadata import version
+
+    about = {"version": version("remanence"), "recipe": str(recipe)}
+    return {MARK: about if stem == "model" else about | {"weights": stem}}
+
+
+def arm() -> None:
+    """Extend transformers' registry of quantizers, now or when it is imported. Twice is once."""
+    registry = sys.modules.get(_REGISTRY)
+    if registry is not None:
+        register(registry)
+    # Also when it is there: it may be imported anew.
+    if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
+
+
+def register(registry: ModuleType) -> None:
+    """Make the module `transformers.quantizers.auto` know our quantizer, and our files where it settles on one."""
+    try:
+        quantizers, auto = registry.AUTO_QUANTIZER_MAPPING, registry.AutoHfQuantizer
+        stock = auto.merge_quantization_configs
+    except AttributeError as error:
+        # An import of transformers must not fail because of us.
+        warnings.warn(
+            f"remanence: this version of transformers keeps its quantizers elsewhere ({error}): its from_pretrained "
+            "takes packed checkpoints as without remanence; remanence.load_model reads them all",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    if METHOD in quantizers:
+        return
+    quantizers[METHOD] = _quantizer
+    auto.merge_quantization_configs = staticmethod(_merger(stock))
+
+
+def _merger(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def merge_quantization_configs(quantization_config: Any, asked: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if asked is None and isinstance(quantization_config, dict) and MARK in quantization_config:
+            from .quantizer import PackedConfig
+
+            return PackedConfig(**quantization_config)
+        return stock(quantization_config, asked, *args, **kwargs)
+
+    return merge_quantization_configs
+
+
+def _quantizer(config: PackedConfig, **kwargs: Any) -> PackedQuantizer:
+    # Not imported before a model is loaded: it needs all of transformers, which is half imported when we register.
+    from .quantizer import PackedQuantizer
+
+    return PackedQuantizer(config, **kwargs)
+
+
+class _Watcher:
+    """A finder on sys.meta_path that lets the others find the registry, and has `register` run right after it ran."""
+
+    def __init__(self) -> None:
+        self.asking = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _REGISTRY or self.asking:
+            return None
+        self.asking = True  # we are among those whom we ask, and others may ask everybody too
+        try:
+            found = (finder.find_spec(name, path, target) for finder in sys.meta_path)
+            spec = next((spec for spec in found if spec is not None), None)
+        finally:
+            self.asking = False
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            if module.__name__ == _REGISTRY:  # a loader may serve many modules
+                register(module)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec

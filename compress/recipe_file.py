@@ -1,0 +1,130 @@
+"""Recipes as YAML: the same description as a short name, one field a line.
+
+method: gptq
+bits: 4
+group_size: 128          # left out: one scale per output channel
+symmetric: true
+options: {act_order: static, damp: 0.05}
+ignore: [lm_head, "re:.*router"]
+calibration: retain:64,forget:32
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .spec import HEAD, METHODS, PRUNERS, PruneSpec, QuantSpec, Recipe, make_options, parse_calibration, parse_recipe
+
+_FIELDS = (
+    "method",
+    "bits",
+    "group_size",
+    "symmetric",
+    "sparsity",
+    "options",
+    "ignore",
+    "calibration",
+    "activation_bits",
+    "kv_bits",
+)
+
+
+def read_recipe(text: str) -> Recipe:
+    """A recipe from its short name, or from the YAML file that `text` names (it ends in .yaml or .yml).
+
+    Raises ValueError that names file and field, FileNotFoundError for a file that is not there.
+    """
+    if not text.endswith((".yaml", ".yml")):
+        return parse_recipe(text)
+    path = Path(text)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_yaml(text: str) -> Recipe:
+    """A recipe from YAML; ValueError names the field that is unknown, missing or wrong."""
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict):
+        raise ValueError("not a recipe: expected fields, e.g. `method: gptq` and `bits: 4`")
+    for key in given:
+        if key not in _FIELDS:
+            raise ValueError(f"{key}: no field of a recipe; it has {', '.join(_FIELDS)}")
+    method = _typed(given, "method", str, None)
+    if method is None:
+        raise ValueError("method: missing")
+    known = {"dense", *METHODS, *PRUNERS}
+    if method not in known:
+        raise ValueError(f"method: {method!r} is not one of {', '.join(sorted(known))}")
+    bits, sparsity = _typed(given, "bits", int, None), given.get("sparsity")
+    if (method in METHODS and method != "bnb") != (bits is not None):
+        raise ValueError(f"bits: {bits} does not go with {method}")
+    spec = None if bits is None else QuantSpec(bits, _typed(given, "group_size", int, None), _symmetric(given))
+    if sparsity is not None and not isinstance(sparsity, int | float):
+        raise ValueError(f"sparsity: {sparsity!r} is not a share, e.g. 0.5")
+    options = _typed(given, "options", dict, None)
+    if options is not None and method not in METHODS:
+        raise ValueError(f"options: {method} has none")
+    calibration = _typed(given, "calibration", str, None)
+    if (sparsity is not None) != (method in PRUNERS):
+        raise ValueError(f"sparsity: {sparsity} does not go with {method}")
+    return Recipe(
+        method,
+        spec,
+        ignore=_ignore(given),
+        prune=None if sparsity is None else PruneSpec(sparsity),
+        options=None if options is None else make_options(method, _with_scale(options, spec)),
+        calibration=None if calibration is None else parse_calibration(calibration),
+        activation_bits=_typed(given, "activation_bits", int, 16),
+        kv_bits=_typed(given, "kv_bits", int, 16),
+    )
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe with every knob spelled out; `from_yaml` gives it back."""
+    values: dict[str, Any] = {"method": recipe.method}
+    if recipe.spec is not None:
+        values |= {"bits": recipe.spec.bits, "group_size": recipe.spec.group_size, "symmetric": recipe.spec.symmetric}
+    if recipe.prune is not None:
+        values["sparsity"] = recipe.prune.sparsity
+    if recipe.options is not None:
+        values["options"] = {field.name: getattr(recipe.options, field.name) for field in fields(recipe.options)}
+    values["ignore"] = list(recipe.ignore)
+    if recipe.calibration is not None:
+        values["calibration"] = recipe.calibration.name
+    values |= {"activation_bits": recipe.activation_bits, "kv_bits": recipe.kv_bits}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _typed(given: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = given.get(key, default)
+    if value is None or type(value) is kind:
+        return value
+    raise ValueError(f"{key}: {value!r} is not {kind.__name__}")
+
+
+def _symmetric(given: dict[str, Any]) -> bool:
+    value = _typed(given, "symmetric", bool, True)
+    return True if value is None else value
+
+
+def _with_scale(options: dict[str, Any], spec: QuantSpec | None) -> dict[str, Any]:
+    """Knobs for an asymmetric format have its scale where none is given."""
+    return options if spec is None or spec.symmetric or "scale" in options else options | {"scale": "minmax"}
+
+
+def _ignore(given: dict[str, Any]) -> tuple[str, ...]:
+    value = given.get("ignore", list(HEAD))
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"ignore: {value!r} is not a list of module names")
+    return tuple(value)

@@ -1,0 +1,192 @@
+"""Compressing a model that is in memory: data-free layer by layer, with calibration data block by block.
+
+A calibrated method sees the inputs that the model compressed so far produces: what a block does with them is what it
+will do once everything before it is compressed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .block import Block, Calls, Hidden, Linear, Solved, block_names, enter
+from .bnb import bnb_
+from .experts import unfuse_experts_
+from .rtn import check_finite, relative_error
+from .spec import Recipe, make_options
+from .walk import check_unshared, fitting_linears, prune_, quant_linear, quantize_weight, replace, weight_of
+
+# Modules whose `solve(block, recipe)` quantizes the linear layers of one block.
+SOLVERS = {"gptq": "gptq", "awq": "awq", "smoothquant": "smoothquant", "signround": "signround"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    error    relative squared error: of its outputs on the calibration data, or (`of` "weights") of the weight itself;
+             None for a layer that saw no data
+    damp     of the Hessian, where there is one
+    """
+
+    name: str
+    error: float | None
+    of: str
+    seconds: float
+    damp: float | None = None
+    note: str = ""
+
+
+Report = Callable[[LayerReport], None]
+
+
+def compress_(
+    model: PreTrainedModel, recipe: Recipe, batches: Sequence[Tensor] = (), report: Report | None = None
+) -> PreTrainedModel:
+    """Do to every linear layer that the recipe does not ignore what the recipe says, in place.
+
+    batches   calibration data, for the methods that need it: token ids int64 [B, T], without padding
+    report    is told of every layer that is quantized
+    Raises ValueError, before anything is changed, when the model cannot take it.
+    """
+    if recipe.prune is not None:
+        return prune_(model, recipe)
+    return quantize_(model, recipe, batches, report)
+
+
+def quantize_(
+    model: PreTrainedModel, recipe: Recipe, batches: Sequence[Tensor] = (), report: Report | None = None
+) -> PreTrainedModel:
+    """As compress_, for recipes that quantize."""
+    if recipe.prune is not None:
+        raise ValueError(f"recipe: {recipe} prunes; a quantizer is needed, e.g. rtn-w4a16-g64")
+    if not recipe.compresses:
+        return model
+    report = report or (lambda _: None)
+    if recipe.method == "bnb":
+        return bnb_(model, recipe, lambda name, error, seconds: report(LayerReport(name, error, "weights", seconds)))
+    unfuse_experts_(model)
+    layers = fitting_linears(model, recipe)
+    check_unshared(model, layers, recipe)
+    _check_finite(recipe, layers)
+    inside: set[str] = set()
+    if recipe.calibrated:
+        check_batches(recipe, batches)
+        blocks = block_names(model)
+        inside = {name for name, _ in layers if any(name.startswith(f"{block}.") for block in blocks)}
+        _calibrate(model, recipe, batches, blocks, report)
+    for name, module in layers:
+        if name not in inside:
+            report(round_(model, name, module, recipe))
+    return model
+
+
+def _check_finite(recipe: Recipe, layers: Iterable[tuple[str, Linear]]) -> None:
+    for name, module in layers:
+        try:
+            check_finite(module.weight)
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {name}: {error}") from None
+
+
+def check_batches(recipe: Recipe, batches: Sequence[Tensor]) -> None:
+    """ValueError for data that nothing can be calibrated on."""
+    if not batches:
+        raise ValueError(f"calibration: {recipe} needs data, and there is none; e.g. --calibration retain:64")
+    for i, ids in enumerate(batches):
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"calibration: batch {i} has the shape {list(ids.shape)}; expected [sequences, tokens]")
+
+
+def round_(model: nn.Module, name: str, module: nn.Module, recipe: Recipe) -> LayerReport:
+    """Quantize one layer without data, in place."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        weight = weight_of(module)
+        data_free = data_free_recipe(recipe)
+        q = quantize_weight(name, weight, data_free)
+        error = relative_error(weight, q)
+        replace(model, name, quant_linear(module, q))
+    note = "" if data_free is recipe else "outside the decoder blocks: round to nearest"
+    return LayerReport(name, error, "weights", time.perf_counter() - start, note=note)
+
+
+def data_free_recipe(recipe: Recipe) -> Recipe:
+    """Round to nearest on the same grid, for layers of which a calibrated method sees no data."""
+    if not recipe.calibrated:
+        return recipe
+    knobs = {name: value for name, value in vars(recipe.options).items() if name in ("scale", "clip")}
+    return Recipe("rtn", recipe.spec, recipe.ignore, options=make_options("rtn", knobs))
+
+
+def _calibrate(
+    model: PreTrainedModel, recipe: Recipe, batches: Sequence[Tensor], blocks: list[str], report: Report
+) -> None:
+    training = model.training
+    model.eval()
+    try:
+        hidden = Hidden(batches, model.config.get_text_config().hidden_size, model.dtype)
+        calls = enter(model, batches, hidden)
+        dense = hidden.copy() if needs_dense(recipe) else None
+        chosen = {name for name, _ in fitting_linears(model, recipe)}
+        for name, call in zip(blocks, calls, strict=True):
+            block = make_block(model, name, chosen, call, hidden, dense)
+            dense = None if dense is None else Hidden(batches, hidden.width, model.dtype)
+            for layer in compress_block_(block, recipe, hidden, dense):
+                report(layer)
+    finally:
+        model.train(training)
+
+
+def needs_dense(recipe: Recipe) -> bool:
+    """Whether the method compares with what the dense model's layers see (GPTAQ)."""
+    return recipe.method == "gptq" and recipe.options.alpha > 0
+
+
+def make_block(
+    model: nn.Module,
+    name: str,
+    chosen: set[str],
+    calls: Calls,
+    hidden: Hidden,
+    dense: Hidden | None,
+    kind: type[Block] = Block,
+) -> Block:
+    """The decoder block called `name`; `chosen`: full names of the layers to be quantized."""
+    module = model.get_submodule(name)
+    inside = {full.removeprefix(f"{name}.") for full in chosen if full.startswith(f"{name}.")}
+    found = {inner: layer for inner, layer in module.named_modules() if inner in inside}
+    return kind(name, module, found, model.config, calls, hidden, dense)
+
+
+@torch.no_grad()
+def compress_block_(block: Block, recipe: Recipe, after: Hidden, dense_after: Hidden | None) -> list[LayerReport]:
+    """Quantize the linear layers of one block, in place, and put its outputs into `after` (which may be what it reads
+    from), those of the dense path into `dense_after` (which may not). `block.linears` is empty then."""
+    start = time.perf_counter()
+    _check_finite(recipe, ((f"{block.name}.{name}", module) for name, module in block.linears.items()))
+    if dense_after is not None:
+        for i in range(len(block)):
+            dense_after.write(i, block.forward(i, dense=True))
+    reports = []
+    if block.linears:
+        try:
+            solved: dict[str, Solved] = import_module(f".{SOLVERS[recipe.method]}", __package__).solve(block, recipe)
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {block.name}: {error}") from None
+        seconds = (time.perf_counter() - start) / len(solved)
+        for name in list(block.linears):
+            # Taken out, so that the dense weight is free as soon as the packed one is there.
+            found = solved.pop(name)
+            replace(block.module, name, quant_linear(block.linears.pop(name), found.q))
+            of = "weights" if found.error is None else "outputs"
+            reports.append(LayerReport(f"{block.name}.{name}", found.error, of, seconds, found.damp, found.note))
+    for i in range(len(block)):
+        after.write(i, block.forward(i))
+    return reports

@@ -1,0 +1,54 @@
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): difficulty moves from activations to weights.
+
+Equation 4: s_k = max|x_k|^alpha / max|w_k|^(1 - alpha) over all weights that read channel k. Inputs are divided by s in
+the norm before them, weights are multiplied by it, then rounded to nearest. A layer with no norm in front stays as it
+is (down_proj, whose inputs have the largest outliers of all): the paper smooths behind norms only. With activations
+left in 16 bits this makes rounding harder, not easier; it is what 8-bit activations stand on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block import Block, Solved
+from .rtn import rtn
+from .sites import Site, observe, sites
+from .smooth import fold_, survey
+from .spec import RTN, Recipe
+from .walk import storage_dtype, weight_of
+
+# Least s and least max|w|, as the authors' code has it.
+_LEAST = 1e-5
+
+
+@torch.no_grad()
+def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
+    """Quantize the block's linear layers; scales are folded into the dense block, in place."""
+    assert recipe.spec is not None
+    found, refused = survey(block)
+    behind_norms = [pair for pair in found if pair.form != "linear"]
+    inputs, _ = observe(block)
+    factors: dict[str, Tensor] = {}
+    for place in sites(block, behind_norms):
+        if place.pair is not None:
+            s = smoothing([inputs[name].peak for name in place.linears if name in inputs], place, recipe.options.alpha)
+            fold_(place.pair, s)
+            factors |= dict.fromkeys(place.linears, s)
+    solved = {}
+    for name, layer in block.linears.items():
+        weight = weight_of(layer)
+        q = rtn(weight, recipe.spec, storage_dtype(weight), RTN(recipe.options.scale, recipe.options.clip))
+        s = factors.get(name, torch.ones(1, device=weight.device))
+        error = inputs[name].error(weight.float() / s, q.dequantize() / s) if name in inputs else None
+        solved[name] = Solved(q, error, note=f"not smoothed {refused[name]}" if name in refused else "")
+    return solved
+
+
+def smoothing(peaks: list[Tensor], place: Site, alpha: float) -> Tensor:
+    """s [K] float32 from max|x| of the site's inputs [K] each and the weights of its layers. A channel that is zero in
+    all calibration data keeps s = 1: the formula would give it the least s, and round its weights away."""
+    x = torch.stack(peaks).amax(0)
+    w = torch.stack([weight_of(layer).float().abs().amax(0) for layer in place.linears.values()]).amax(0)
+    s = (x.pow(alpha) / w.clamp(min=_LEAST).pow(1 - alpha)).clamp(min=_LEAST)
+    return torch.where(x > 0, s, torch.ones_like(s))

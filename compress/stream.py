@@ -1,0 +1,406 @@
+"""From checkpoint to compressed checkpoint in the memory of one decoder block: read, compress, write, forget.
+
+Hidden states between blocks lie on disk. Every finished block is a part of the output that is whole and verified; a
+run that was killed goes on from the last of them and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .block import Block, Calls, Hidden, Linear, block_names, enter
+from .checkpoint import (
+    OWN_STEM,
+    file_names,
+    has_experts,
+    in_files,
+    load_model,
+    load_tokenizer,
+    local_directory,
+    packed_state,
+    weight_bytes,
+    write_config,
+    write_model,
+)
+from .experts import apart_on_disk
+from .files import atomic_dir, publish, read_json, write_json
+from .footprint import available_memory, steady_heap, trim_heap
+from .sequential import LayerReport, check_batches, compress_, compress_block_, make_block, needs_dense, round_
+from .shards import ShardReader, ShardWriter, fill_, hollow_, hollow_model, names
+from .spec import Recipe
+from .walk import check_unshared, fitting_linears, linears, prune_layer_
+
+_JOURNAL = "progress.json"
+# What is not in a decoder block (embeddings, norms, the head) is written in parts of at least this many bytes.
+_PART = 256 << 20
+_PROBE = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read, compressed and written at a time: one decoder block, or some modules outside of them."""
+
+    modules: tuple[str, ...]
+    block: int | None = None  # its number among the decoder blocks
+
+
+class Job:
+    """A checkpoint, a recipe, data, and the order of work. Nothing is read yet but names, shapes and the config.
+
+    source   directory of the dense model;  batches: token ids int64 [B, T] without padding, for calibrated recipes
+    Raises ValueError for whatever keeps the recipe from being carried out, FileNotFoundError for a missing model.
+    """
+
+    def __init__(self, source: Path, recipe: Recipe, batches: Sequence[Tensor] = (), device: str = "cpu") -> None:
+        self.source, self.recipe, self.batches = Path(source), recipe, batches if recipe.calibrated else ()
+        self.device = torch.device(device)
+        self.reader = ShardReader(self.source)
+        self.model: PreTrainedModel = hollow_model(self.source)
+        self.mapping = names(self.model, self.reader)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        # Whether the result can be loaded whole, to be compared with what was in memory.
+        self.small = 4 * sum(self.reader.bytes(key) for key in set(self.mapping.values())) < available_memory()
+        fitting = fitting_linears if recipe.prune is None else lambda model, _: list(linears(model, recipe.ignore))
+        layers: list[tuple[str, Linear]] = list(fitting(self.model, recipe))
+        check_unshared(self.model, layers, recipe)
+        # Names alone: a module kept here would keep its dense weight.
+        self.layers = tuple(name for name, _ in layers)
+        if recipe.calibrated:
+            check_batches(recipe, batches)
+        self.dense = [name for name, _ in linears(self.model, ()) if name not in self.layers]
+        self.file_names = file_names(self.model)
+        # compressed-tensors' readers know nn.Linear only, and experts where the usual checkpoint has them one by one.
+        linear = recipe.spec is None or all(isinstance(layer, nn.Linear) for _, layer in layers)
+        self.stock_readable = linear and (not has_experts(self.model) or apart_on_disk(self.model))
+        self.blocks = block_names(self.model)
+        self.repeated = _repeated(self.model)
+        self.units = [*self._outside(), *(Unit((name,), number) for number, name in enumerate(self.blocks))]
+
+    def _outside(self) -> Iterator[Unit]:
+        """The modules with weights that are in no decoder block."""
+        taken: list[str] = []
+        group: list[str] = []
+        size = 0
+        for name, module in self.model.named_modules():
+            own = [key for key in module.state_dict() if "." not in key]
+            if all(_join(name, key) in self.repeated for key in own) or _inside(name, [*self.blocks, *taken]):
+                continue
+            if any(_inside(block, [name]) for block in self.blocks):
+                raise ValueError(f"{name or 'model'}: has weights of its own around its decoder blocks; not streamed")
+            taken.append(name)
+            group.append(name)
+            size += sum(tensor.nbytes for tensor in module.state_dict().values())
+            if size >= _PART:
+                yield Unit(tuple(group))
+                group, size = [], 0
+        if group:
+            yield Unit(tuple(group))
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on with what another left."""
+        files = [*sorted(self.source.glob("*.safetensors")), self.source / "config.json"]
+        known = hashlib.sha256()
+        for file in files:
+            status = file.stat()
+            known.update(f"{file.name} {status.st_size} {status.st_mtime_ns};".encode())
+        for ids in self.batches:
+            known.update(f"{list(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())
+        return {
+            "recipe": self.recipe.name,
+            "inputs": known.hexdigest(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+        }
+
+
+def _repeated(model: nn.Module) -> set[str]:
+    """Names of tensors that are the same as one before, as a head tied to the embedding is; they are stored once."""
+    seen: set[int] = set()
+    repeated = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            repeated.add(name)
+        seen.add(id(tensor))
+    return repeated
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _inside(name: str, places: Sequence[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+Notify = Callable[[str, LayerReport | None], None]
+
+
+def compress_to(
+    source: Path | str, recipe: Recipe, target: Path | str, batches: Sequence[Tensor] = (), device: str = "cpu"
+) -> dict[str, Any]:
+    """Compress the model at `source` (a directory or hub id) into the new directory `target`; see compress_streamed."""
+    directory = local_directory(source)
+    if recipe.method == "bnb":
+        return compress_whole(directory, recipe, target)
+    return compress_streamed(Job(directory, recipe, batches, device), load_tokenizer(directory), target)
+
+
+def compress_whole(directory: Path, recipe: Recipe, target: Path | str) -> dict[str, Any]:
+    """As compress_streamed, with the whole model in memory: for bitsandbytes' formats, which its own code writes."""
+    start = time.perf_counter()
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    parameters = sum(p.numel() for p in model.parameters())
+    layers: list[LayerReport] = []
+    compress_(model, recipe, report=layers.append)
+    with atomic_dir(target) as work:
+        write_model(model, tokenizer, work, recipe)
+        ids = torch.arange(min(_PROBE, model.config.get_text_config().vocab_size))[None]
+        with torch.no_grad():
+            difference = float((load_model(work)(ids).logits - model(ids).logits).abs().max())
+        if difference:
+            raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
+    return _made(recipe, target, parameters, difference, True, layers, start)
+
+
+def _made(
+    recipe: Recipe,
+    target: Path | str,
+    parameters: int,
+    difference: float | None,
+    stock_readable: bool,
+    layers: Sequence[LayerReport],
+    start: float,
+) -> dict[str, Any]:
+    size = weight_bytes(target)
+    return {
+        "recipe": recipe.name,
+        "out": str(target),
+        "size_bytes": size,
+        "size_vs_fp16": size / (2 * parameters),
+        "max_abs_logit_difference": difference,
+        "stock_readable": stock_readable,
+        "layers": [asdict(layer) for layer in layers],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def compress_streamed(
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path | str,
+    resume: bool = False,
+    notify: Notify | None = None,
+) -> dict[str, Any]:
+    """Carry out `job` into the new directory `target`, and read it back.
+
+    resume   go on with what a killed run for the same `target` left, if it left anything
+    notify   is told of every unit that begins ("block 3 of 32"), and of every layer that is done
+    Returns what `remanence compress` prints: sizes; every layer; the largest difference in logits between what was in
+    memory and what is on disk (0 unless a file is wrong, which raises RuntimeError and leaves nothing; None where the
+    model is too large to be loaded whole, or the run was resumed: then only every tensor was compared as it was
+    written). Raises FileExistsError when there is something at `target`, ValueError when an unfinished run lies there
+    and `resume` is False, or was another job; OSError when the disk is full.
+    """
+    start = time.perf_counter()
+    steady_heap()
+    with _unfinished(Path(target), job, resume) as (work, journal):
+        run = _Run(job, work, journal, notify or (lambda _text, _layer: None))
+        layers = run.units()
+        run.writer.finish()
+        write_config(job.model, work, job.recipe, job.dense, run.writer.stem)
+        tokenizer.save_pretrained(work)
+        (work / _JOURNAL).unlink()
+        difference = run.difference()
+        if difference:
+            raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
+    return _made(job.recipe, target, job.parameters, difference, job.stock_readable, layers, start)
+
+
+def unfinished(target: Path) -> Path:
+    """Where the work for `target` lies until it is done."""
+    return target.parent / f".{target.name}.unfinished"
+
+
+@contextmanager
+def _unfinished(target: Path, job: Job, resume: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The directory beside `target` where the work lies until it is done, and the journal of what is done."""
+    work = unfinished(target)
+    journal: dict[str, Any] = {"job": job.identity(), "layers": [], "done": 0}
+    if (work / _JOURNAL).is_file():
+        if not resume:
+            raise ValueError(f"out: an unfinished run lies in {work}; go on with it (--resume), or remove it")
+        found = read_json(work / _JOURNAL)
+        for key, value in journal["job"].items():
+            if found.get("job", {}).get(key) != value:
+                was = found.get("job", {}).get(key)
+                raise ValueError(f"resume: {key}: the unfinished run in {work} had {was!r}, this one has {value!r}")
+        journal = found
+    elif work.exists():
+        shutil.rmtree(work)
+    with publish(work, target):
+        if not (work / _JOURNAL).is_file():
+            write_json(work / _JOURNAL, journal)
+        yield work, journal
+
+
+class _Run:
+    """A job being carried out in the directory `work`."""
+
+    def __init__(self, job: Job, work: Path, journal: dict[str, Any], notify: Notify) -> None:
+        self.job, self.work, self.journal, self.notify = job, work, journal, notify
+        for part in work.glob("*.part-*.safetensors"):
+            if int(part.name.split(".part-")[1][:5]) >= journal["done"]:
+                part.unlink()  # written, but not what follows from it
+        for left in work.glob(f".{_JOURNAL}.tmp-*"):
+            left.unlink()
+        for block in range(self.first):
+            self.forget(block)
+        self.writer = ShardWriter.resume(work, "model" if job.stock_readable else OWN_STEM)
+        self.calls: list[Calls] = []
+        # A short sequence that goes through every block as it is compressed, to compare with what is read back.
+        self.probe: Hidden | None = None
+        self.probe_calls: list[Calls] = []
+        self.ids = torch.arange(min(_PROBE, job.model.config.get_text_config().vocab_size))[None]
+
+    @property
+    def first(self) -> int:
+        """The first decoder block that is not done yet."""
+        return max(0, self.journal["done"] - len(self.job.units) + len(self.job.blocks))
+
+    def units(self) -> list[LayerReport]:
+        """Do what is not done yet."""
+        job, journal = self.job, self.journal
+        done = journal["done"]
+        self.enter(fresh=done == 0, block=self.first)
+        for number, unit in list(enumerate(job.units))[done:]:
+            title = ", ".join(unit.modules) if unit.block is None else f"block {unit.block + 1} of {len(job.blocks)}"
+            self.notify(title, None)
+            layers = self.compress(unit)
+            self.write(number, unit)
+            journal |= {"done": number + 1, "layers": journal["layers"] + [asdict(layer) for layer in layers]}
+            write_json(self.work / _JOURNAL, journal)
+            for layer in layers:
+                self.notify(title, layer)
+            if unit.block is not None:
+                self.forget(unit.block)
+        self.forget(len(job.blocks))
+        return [LayerReport(**layer) for layer in journal["layers"]]
+
+    def enter(self, fresh: bool, block: int) -> None:
+        """Run what comes before the decoder blocks; `block` is the first that is not done yet."""
+        job = self.job
+        small = fresh and job.small
+        if not (small or job.recipe.calibrated) or block == len(job.blocks):
+            return
+        head = job.model.get_output_embeddings()
+        outside = [name for unit in job.units if unit.block is None for name in unit.modules]
+        outside = [name for name in outside if job.model.get_submodule(name) is not head]
+        for name in outside:
+            self.fill(name)
+        if job.recipe.calibrated:
+            hidden = self.hidden(0) if block == 0 else None
+            self.calls = enter(job.model, job.batches, hidden)
+            if hidden is not None:
+                hidden.close()
+                if needs_dense(job.recipe):
+                    shutil.copyfile(_path(self.work, "hidden", 0), _path(self.work, "dense", 0))
+        if small:
+            self.probe = Hidden([self.ids], self.width, job.model.dtype)
+            try:
+                self.probe_calls = enter(job.model, [self.ids], self.probe)
+            except ValueError:  # a model that cannot be run block by block can be rounded all the same
+                self.probe = None
+        for name in outside:
+            hollow_(job.model.get_submodule(name))
+        trim_heap()
+
+    def compress(self, unit: Unit) -> list[LayerReport]:
+        """Read a unit's weights and compress them, in place."""
+        job, layers = self.job, []
+        for name in unit.modules:
+            self.fill(name)
+        if unit.block is not None and job.recipe.calibrated:
+            k, dense = unit.block, needs_dense(job.recipe)
+            before, after = self.hidden(k), self.hidden(k + 1)
+            dense_before, dense_after = (self.hidden(j, "dense") if dense else None for j in (k, k + 1))
+            block = make_block(job.model, unit.modules[0], set(job.layers), self.calls[k], before, dense_before)
+            layers = compress_block_(block, job.recipe, after, dense_after)
+            for states in (before, after, dense_before, dense_after):
+                if states is not None:
+                    states.close()
+        else:
+            for name in (layer for layer in job.layers if _inside(layer, unit.modules)):
+                layer: Any = job.model.get_submodule(name)
+                if job.recipe.prune is None:
+                    layers.append(round_(job.model, name, layer, job.recipe))
+                else:
+                    prune_layer_(name, layer, job.recipe)
+                del layer
+        if unit.block is not None and self.probe is not None:
+            name, calls = unit.modules[0], self.probe_calls[unit.block]
+            with torch.no_grad():
+                module = job.model.get_submodule(name)
+                self.probe.write(0, Block(name, module, {}, job.model.config, calls, self.probe).forward(0))
+        return layers
+
+    def write(self, number: int, unit: Unit) -> None:
+        """Write a unit as it is now, and forget it."""
+        model = self.job.model
+        state = {key: value for name in unit.modules for key, value in packed_state(model, name).items()}
+        state = {key: value for key, value in state.items() if key not in self.job.repeated}
+        self.writer.write(number, in_files(state, self.job.file_names))
+        del state
+        for name in unit.modules:
+            hollow_(model.get_submodule(name))
+        trim_heap()
+
+    def fill(self, name: str) -> None:
+        module = self.job.model.get_submodule(name)
+        fill_(module, name, self.job.mapping, self.job.reader)
+        module.to(self.job.device)
+
+    @property
+    def width(self) -> int:
+        return self.job.model.config.get_text_config().hidden_size
+
+    def hidden(self, block: int, kind: str = "hidden") -> Hidden:
+        """What goes into decoder block `block`."""
+        return Hidden(self.job.batches, self.width, self.job.model.dtype, _path(self.work, kind, block))
+
+    def forget(self, block: int) -> None:
+        for kind in ("hidden", "dense"):
+            _path(self.work, kind, block).unlink(missing_ok=True)
+
+    def difference(self) -> float | None:
+        """Largest difference in logits between the blocks as they were in memory and as they are on disk."""
+        if self.probe is None:
+            return None
+        model = load_model(self.work)
+        last = model.get_submodule(self.job.blocks[-1])
+        with torch.no_grad():
+            read = model(self.ids).logits
+            kept = self.probe.read(0)
+
+            def put_back(module: nn.Module, inputs: object, output: Any) -> Any:  # noqa: ARG001
+                return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+            handle = last.register_forward_hook(put_back)
+            was = model(self.ids).logits
+            handle.remove()
+        return float((read - was).abs().max())
+
+
+def _path(work: Path, kind: str, block: int) -> Path:
+    return work / f"{kind}-{block:05}.bin"

@@ -1,0 +1,103 @@
+"""A mixture of experts compressed as a whole: every expert's layers, its router left alone, reloaded bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from remanence.compress.checkpoint import load_model, save_model
+from remanence.compress.linear import QuantLinear
+from remanence.compress.sequential import compress_
+from remanence.compress.spec import parse_recipe
+from remanence.compress.stream import compress_to
+from remanence.unlearn.demo import DemoConfig, demo_tokenizer
+from remanence.unlearn.people import people_corpus
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, MixtralConfig, Qwen3MoeConfig
+
+IDS = torch.randint(0, 320, (4, 40), generator=torch.Generator().manual_seed(0))
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+CONFIGS = {"mixtral": MixtralConfig(num_local_experts=4, **SHAPE), "qwen3": Qwen3MoeConfig(**EXPERTS, **SHAPE)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo_tokenizer(people_corpus(4, "forget30"), DemoConfig(vocab_size=320))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def dense(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[request.param]), dtype=torch.float32).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    "name", ["rtn-w4a16-g16", "gptq-w4a16-g16", "hqq-w4a16-g32-asym", "awq-w4a16-g32", "magnitude-s50"]
+)
+def test_every_expert_is_compressed_and_comes_back(dense, name, tokenizer, tmp_path):
+    recipe = parse_recipe(name)
+    reports = []
+    model = compress_(copy.deepcopy(dense), recipe, [IDS], reports.append)
+    save_model(model, tokenizer, tmp_path / "out", recipe)
+    assert torch.equal(logits(load_model(tmp_path / "out")), logits(model))
+    assert (logits(model) - logits(dense)).abs().max() > 1e-3
+    if recipe.spec is not None:
+        packed = {key for key, module in model.named_modules() if isinstance(module, QuantLinear)}
+        assert {report.name for report in reports} == packed
+        assert len(packed) == 2 * (4 + 4 * 3)  # per block: attention, and gate, up, down of each expert
+        assert not any("gate" in key.split(".")[-1] and "gate_proj" not in key for key in packed)
+
+
+def test_starved_experts_are_named(dense):
+    reports = []
+    compress_(copy.deepcopy(dense), parse_recipe("gptq-w4a16-g16"), [IDS[:1, :20]], reports.append)
+    starved = [report for report in reports if "tokens: rounded to nearest" in report.note]
+    assert starved
+    assert all(".experts." in report.name and report.damp is None for report in starved)
+    assert any(report.damp is not None for report in reports)
+
+
+def test_stock_transformers_finds_the_packed_experts(dense, tokenizer, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="the stock reader; comes with the extra `ct`")
+    recipe = parse_recipe("gptq-w4a16-g16")
+    model = compress_(copy.deepcopy(dense), recipe, [IDS])
+    save_model(model, tokenizer, tmp_path / "out", recipe)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=CompressedTensorsConfig())
+    # It multiplies code and scale in the 16 bits of the scale.
+    assert (logits(stock) - logits(model)).abs().max() <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["rtn-w4a16-g16", "gptq-w4a16-g16", "magnitude-s50"])
+def test_streamed_and_in_memory_are_the_same(dense, name, tokenizer, tmp_path):
+    recipe = parse_recipe(name)
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    save_model(compress_(copy.deepcopy(dense), recipe, [IDS]), tokenizer, tmp_path / "memory", recipe)
+    compress_to(tmp_path / "dense", recipe, tmp_path / "streamed", [IDS])
+
+    def tensors(directory):
+        found = {}
+        for file in directory.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        return found
+
+    ours, theirs = tensors(tmp_path / "streamed"), tensors(tmp_path / "memory")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -1,0 +1,77 @@
+"""Calibration data for compression: rows of the retain set, rows of the forget set, running text, or a mix.
+
+Which of them a calibrated quantizer sees decides what it keeps: error is pushed to where the data does not look. A
+quantizer that never sees the forget set does not know that anything was changed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..compress.spec import Calibration
+from .data import QA
+from .encode import Encoder
+
+# Tokens of one batch: enough for a matrix product to be efficient, little beside a block's weights.
+BATCH_TOKENS = 4096
+# What is taken where nothing is asked for: as many rows of what is to be kept, as a deployment would have them.
+DEFAULT = 128
+
+
+def default_calibration(retain: Sequence[QA]) -> Calibration:
+    """DEFAULT rows of the retain set, or all of them."""
+    return Calibration(retain=min(DEFAULT, len(retain)))
+
+
+def calibration_batches(
+    calibration: Calibration,
+    encoder: Encoder,
+    rows: Mapping[str, Sequence[QA]],
+    text: str | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Token ids int64 [B, T], without padding: sequences of one length are batched together.
+
+    rows   those of "retain" and "forget"; a sequence is a row as the model is asked and answers, or a text row's piece
+    text   of which windows of `calibration.length` tokens (or what the model takes) are drawn without overlap
+    Raises ValueError for a source that is not there, or has too few sequences.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = min(calibration.length, encoder.max_length)
+    sequences: list[list[int]] = []
+    for source in ("retain", "forget"):
+        wanted = getattr(calibration, source)
+        if wanted:
+            pieces = encoder.windows(rows.get(source, ()), length)
+            sequences += [
+                encoder.pair(pieces[i].question, pieces[i].answer)[0][:length]
+                for i in _drawn(source, len(pieces), wanted, generator)
+            ]
+    if calibration.text:
+        if text is None:
+            raise ValueError(f"calibration: text:{calibration.text} needs a text; give --text FILE")
+        ids = list(encoder.tokenizer(text, verbose=False)["input_ids"])
+        drawn = _drawn("text", len(ids) // length, calibration.text, generator)
+        sequences += [ids[i * length : (i + 1) * length] for i in drawn]
+    return batched(sequences)
+
+
+def batched(sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Token ids [B, T] of sequences of equal length, at most BATCH_TOKENS a batch (one sequence at least)."""
+    lengths: dict[int, list[Sequence[int]]] = {}
+    for sequence in sequences:
+        lengths.setdefault(len(sequence), []).append(sequence)
+    batches = []
+    for length, alike in sorted(lengths.items()):
+        size = max(1, BATCH_TOKENS // length)
+        batches += [torch.tensor(alike[start : start + size]) for start in range(0, len(alike), size)]
+    return batches
+
+
+def _drawn(source: str, there: int, wanted: int, generator: torch.Generator) -> list[int]:
+    if there < wanted:
+        raise ValueError(f"calibration: {source}:{wanted} asked for, but there are {there} sequences")
+    return torch.randperm(there, generator=generator)[:wanted].tolist()
