@@ -312,8 +312,11 @@ def compress(
 
     _quiet()
     made = run_with_bar(f"compress {recipe}", lambda progress: run(order, out, resume, plan, progress, _say), as_json)
-    if not as_json and "layers" in made:
-        show_layers(made.pop("layers"), sys.stdout)
+    if not as_json:
+        if "layers" in made:
+            show_layers(made["layers"], sys.stdout)
+        # Said already, in words.
+        made = {key: value for key, value in made.items() if key not in ("layers", "plan", "actual")}
     _done(made, as_json)
 
 

@@ -179,11 +179,17 @@ def show_layers(layers: Sequence[dict[str, Any]], file: IO[str]) -> None:
 
     shown = sorted(layers, key=lambda layer: -(layer["error"] or 0))[:_ROWS] if len(layers) > _ROWS else layers
     title = f"layers: the {_ROWS} of {len(layers)} with the largest error" if len(layers) > _ROWS else "layers"
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "layer": lambda layer: layer["name"],
+        "relative error": lambda layer: "" if layer["error"] is None else f"{layer['error']:.2e} of {layer['of']}",
+        "damp": lambda layer: "" if layer["damp"] is None else f"{layer['damp']:g}",
+        "seconds": lambda layer: f"{layer['seconds']:.2f}",
+        "note": lambda layer: layer["note"],
+    }
     table = Table(title=title, title_justify="left")
-    for column in ("layer", "relative error", "of", "damp", "seconds", "note"):
-        table.add_column(column, justify="left" if column in ("layer", "of", "note") else "right", overflow="fold")
+    filled = {name: text for name, text in columns.items() if any(text(layer) for layer in shown)}
+    for name in filled:
+        table.add_column(name, justify="left" if name in ("layer", "note") else "right", overflow="fold")
     for layer in shown:
-        error = "" if layer["error"] is None else f"{layer['error']:.2e}"
-        damp = "" if layer["damp"] is None else f"{layer['damp']:g}"
-        table.add_row(layer["name"], error, layer["of"], damp, f"{layer['seconds']:.2f}", layer["note"])
+        table.add_row(*(text(layer) for text in filled.values()))
     Console(file=file).print(table)
