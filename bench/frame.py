@@ -18,6 +18,7 @@ BENCHES = {
         "our quantizers beside GPTQModel's and llm-compressor's; what each brings back, by calibration data",
     ),
     "evaluation": ("evaluation", "TOFU's whole evaluation in batches beside the same work one example at a time"),
+    "streaming": ("streaming", "a model twice as large as its memory: compressed, killed, resumed, and as predicted"),
     "startup": ("startup", "seconds until `--help` and `import remanence` are done"),
 }
 

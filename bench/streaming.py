@@ -239,6 +239,8 @@ def _kill_within(child: subprocess.Popen[str], out: Path, block: int, share: flo
     done, spent = 0, 0.0
     with child:
         while child.poll() is None:
+            if not journal.is_file():  # it has not begun
+                began = time.monotonic()
             layers = read_json(journal)["layers"] if journal.is_file() else []
             if (now := len(layers) // _LAYERS) > done:
                 done, spent, began = now, time.monotonic() - began, time.monotonic()

@@ -38,8 +38,9 @@ _BUFFER, _SLICES = 16 << 20, 6 << 20
 _PART_SECONDS = 0.06
 # Bytes of a header's entry for one tensor.
 _ENTRY = 120
-# Tokens with which a small model is compared with what was written, and seconds to make a model of its files.
-_PROBE, _LOAD_SECONDS = 64, 0.5
+# Tokens with which a small model is compared with what was written; seconds to make a model of its files, and bytes of
+# code that is run for the first time then.
+_PROBE, _LOAD_SECONDS, _LOAD_BYTES = 64, 0.5, 12 << 20
 
 
 def plan(job: Job, machine: Machine) -> Prediction:
@@ -63,7 +64,8 @@ def plan(job: Job, machine: Machine) -> Prediction:
     if job.small:
         # Loaded whole, and run twice; before that block by block. Layers are dequantized one at a time.
         largest = max((4 * _numel(job, name) for name in job.layers), default=0)
-        peaks.append(rss() + final + largest + 2 * 4 * _PROBE * job.model.config.get_text_config().vocab_size)
+        logits = 4 * _PROBE * job.model.config.get_text_config().vocab_size
+        peaks.append(rss() + final + largest + 2 * logits + _LOAD_BYTES)
         run = 2 * _PROBE * job.parameters / machine.gemm_float32 + 2 * 4 * job.parameters / machine.copy
         seconds += _LOAD_SECONDS + final / machine.copy + 3 * run
     return Prediction(max(peaks), final + 2 * _hidden_bytes(job), seconds)

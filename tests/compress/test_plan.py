@@ -38,8 +38,8 @@ class Tokenizer:
         (directory / "tokenizer.json").write_text("{}")
 
 folder = Path(sys.argv[1])
-make_llama(folder / "model", hidden=1024, intermediate=4096, vocabulary=4000, layers=2, seed=0)
-batches = [torch.randint(2, 4000, (16, 64), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+make_llama(folder / "model", hidden=512, intermediate=3072, vocabulary=20000, layers=2, seed=0)
+batches = [torch.randint(2, 4000, (8, 64), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 for number, name in enumerate(sys.argv[2:]):
     job = Job(folder / "model", parse_recipe(name), batches)
     job.small = name.startswith("rtn-w3")
@@ -83,9 +83,9 @@ def test_memory_and_disk_are_as_predicted(recipe, outcomes):
 
 
 def test_a_calibrated_method_needs_what_its_hessians_take(outcomes):
-    """Two of [4096, 4096] in float32 are there at a time, beside the block."""
-    rounded, calibrated = (outcomes[name]["peak"] - outcomes[name]["base"] for name in (RECIPES[0], RECIPES[2]))
-    assert 64 * MIB < calibrated - rounded < 256 * MIB
+    """Two of [3072, 3072] in float32 are there at a time, beside a block of 12 MB."""
+    on_top = outcomes[RECIPES[2]]["peak"] - outcomes[RECIPES[2]]["base"]
+    assert 72 * MIB < on_top < 160 * MIB
 
 
 @pytest.fixture
