@@ -101,7 +101,7 @@ def make_llama(directory: Path, hidden: int, intermediate: int, vocabulary: int,
     shapes |= {f"mlp.{part}_proj": (intermediate, hidden) for part in ("gate", "up")}
     shapes["mlp.down_proj"] = (hidden, intermediate)
     for first in range(0, layers, 2):
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for layer in range(first, min(first + 2, layers)):
             name = f"model.layers.{layer}"
             state |= {f"{name}.{part}.weight": weight(*shape) for part, shape in shapes.items()}

@@ -33,7 +33,7 @@ from .grid import decode, encode, group_parameters
 from .rtn import QTensor, check_finite
 from .spec import HQQ, QuantSpec
 
-# Weights worked on in one go: what a step keeps at a time stays in the cache.
+# Weights worked on in one go: what a step keeps at a time stays in the cache, and no layer is copied whole.
 _CHUNK = 1 << 16
 
 
@@ -48,19 +48,25 @@ def hqq(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, options: HQQ)
         if not getattr(options, name) > 0:
             raise ValueError(f"{name}: {getattr(options, name)} is not above 0")
     N, K = weight.shape
-    w = weight.float().reshape(N, spec.groups(K), -1)  # [N, K/G, G]
-    plain = group_parameters(w, spec, scale_dtype, options.scale)
-    clipped = group_parameters(w, spec, scale_dtype, options.scale, clip=True)
-    rows = max(1, _CHUNK // K)
-    parts = []
-    for at in range(0, N, rows):
-        part = slice(at, at + rows)
-        starts = [(scale[part], None if zero is None else zero[part]) for scale, zero in (plain, clipped)]
-        parts.append(_solve(w[part], starts, spec.bits, options))
-    scale = torch.cat([found for found, _ in parts])
-    zeros = [found for _, found in parts if found is not None]
-    zero = torch.cat(zeros) if zeros else None
-    return QTensor(encode(w, scale, zero, spec.bits).view(N, K), scale, spec, zero)
+    groups, rows = spec.groups(K), max(1, _CHUNK // K)
+    parts = [
+        _solved(weight[at : at + rows].float().reshape(-1, groups, K // groups), spec, scale_dtype, options)
+        for at in range(0, N, rows)
+    ]
+    zeros = [q.zero for q in parts if q.zero is not None]
+    return QTensor(
+        torch.cat([q.codes for q in parts]),
+        torch.cat([q.scale for q in parts]),
+        spec,
+        torch.cat(zeros) if zeros else None,
+    )
+
+
+def _solved(w: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, options: HQQ) -> QTensor:
+    """Some rows of a layer, w [n, K/G, G]."""
+    starts = [group_parameters(w, spec, scale_dtype, options.scale, clip) for clip in (False, True)]
+    scale, zero = _solve(w, starts, spec.bits, options)
+    return QTensor(encode(w, scale, zero, spec.bits).flatten(1), scale, spec, zero)
 
 
 def shrink(x: Tensor, p: float, beta: float) -> Tensor:

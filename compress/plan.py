@@ -61,6 +61,10 @@ def plan(job: Job, machine: Machine) -> Prediction:
         peaks.append(rss() + entered + _SLICES)
     seconds = trial.seconds + sum(size.dense for size in sizes) / trial.read + entered / trial.read
     seconds += final / machine.write + _PART_SECONDS * len(job.units)
+    if job.recipe.calibrated:  # the others are in the trial
+        beside = [name for name in job.layers if not any(name.startswith(f"{block}.") for block in job.blocks)]
+        rate = machine.clip if getattr(job.recipe.options, "clip", False) else machine.quantize
+        seconds += sum(_numel(job, name) for name in beside) / rate
     if job.small:
         # Loaded whole, and run twice; before that block by block. Layers are dequantized one at a time.
         largest = max((4 * _numel(job, name) for name in job.layers), default=0)
@@ -97,7 +101,7 @@ def _rounded(job: Job) -> _Trial:
     seconds = 0.0
     read, taken = 0, 0.0
     for K, name in widths.items():
-        module = job.model.get_submodule(name)
+        module: Any = job.model.get_submodule(name)
         start = time.perf_counter()
         fill_(module, name, job.mapping, job.reader)
         taken += time.perf_counter() - start
@@ -112,7 +116,8 @@ def _round(weight: Tensor, recipe: Recipe) -> None:
     if recipe.prune is not None:
         compressed_weight("layer", weight, recipe)
         return
-    layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    N, K = weight.shape
+    layer = nn.Linear(K, N, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     round_(nn.ModuleDict({"layer": layer}), "layer", layer, recipe)
 
@@ -151,7 +156,8 @@ def _chosen(batches: Sequence[Tensor]) -> list[Tensor]:
 def _calls(job: Job, batches: list[Tensor]) -> list[Any]:
     outside = _outside(job)
     for name in outside:
-        fill_(module := job.model.get_submodule(name), name, job.mapping, job.reader)
+        module = job.model.get_submodule(name)
+        fill_(module, name, job.mapping, job.reader)
         module.to(job.device)
     try:
         return enter(job.model, batches, None)
@@ -192,7 +198,7 @@ def _try_once(job: Job, number: int, batches: list[Tensor], calls: Any, iteratio
         module.to(job.device)
         size = sum(tensor.nbytes for tensor in module.state_dict().values())
         read = size / (time.perf_counter() - start)
-        dense = states[2:] or [None, None]
+        dense: Sequence[Hidden | None] = states[2:] or (None, None)
         block = make_block(job.model, name, set(job.layers), calls, states[0], dense[0], _Timed)
         assert isinstance(block, _Timed)
         start = time.perf_counter()

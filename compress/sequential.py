@@ -104,7 +104,7 @@ def check_batches(recipe: Recipe, batches: Sequence[Tensor]) -> None:
             raise ValueError(f"calibration: batch {i} has the shape {list(ids.shape)}; expected [sequences, tokens]")
 
 
-def round_(model: nn.Module, name: str, module: nn.Module, recipe: Recipe) -> LayerReport:
+def round_(model: nn.Module, name: str, module: Linear, recipe: Recipe) -> LayerReport:
     """Quantize one layer without data, in place."""
     start = time.perf_counter()
     with torch.no_grad():

@@ -47,10 +47,13 @@ def test_killed_and_resumed_under_a_limit():
     assert not checks[0]["ok"]  # nothing is shown by a model that fits
 
 
-def test_a_limit_that_is_too_low_is_an_error():
+def test_a_limit_that_is_too_low_is_an_error(tmp_path):
     """The limit is one: what does not fit fails."""
-    with pytest.raises(RuntimeError, match="rtn-w4a16-g64-plain"):
-        streaming.run(seed=0, gib=0.01, limit_gib=0.3, methods=("rtn-w4a16-g64-plain",))
+    make_model(tmp_path / "model", 0.01, seed=0)
+    recipe = "rtn-w4a16-g64-plain"
+    with pytest.raises(RuntimeError, match=f"streaming: {recipe}: compress ended with"):
+        streaming._finished(streaming._start(tmp_path / "model", recipe, tmp_path / "out", 2**28), recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_words_do_not_repeat_from_seed_to_seed():

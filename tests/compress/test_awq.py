@@ -223,10 +223,54 @@ def test_without_duo_only_the_activations_count():
         torch.testing.assert_close(s.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_channels_without_activity_keep_their_scale():
-    x = torch.tensor([0.0, 1.0, 4.0])
+def test_scales_by_hand():
+    x, w = torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.5, 0.25, 1e-9])
+    # Channels without activity keep their scale; the others have the geometric mean of the extremes as their unit.
     torch.testing.assert_close(awq.scales(x, None, 0.5), torch.tensor([1.0, 0.5**0.5, 2**0.5]))
     assert torch.equal(awq.scales(torch.zeros(3), None, 0.5), torch.ones(3))
+    large, small = 4 / (1e-9**0 + 1e-4), 1 / (0.25**0 + 1e-4)
+    torch.testing.assert_close(awq.scales(x, w, 1.0)[2], torch.tensor((large / small) ** 0.5))
+    # A weight of nothing cannot make the scale grow beyond 1e4.
+    torch.testing.assert_close(awq.scales(x, w, 0.0)[2], torch.tensor((0.2501 / (1e-9 + 1e-4)) ** 0.5))
+
+
+def test_ranges_are_cut_for_the_scaled_layer():
+    """Mean square of what each group's error does to the outputs, on all rows that the folded layer is given."""
+    block = last(build(CONFIGS["llama"]()))
+    solved, outcomes = awq.search(block, parse_recipe("awq-w3a16-g16"))
+    for outcome in outcomes:
+        for name, (_, after) in outcome.cut.items():
+            x = seen(block, name)
+            e = (solved[name].q.dequantize() - block.linears[name].weight).detach().double()
+            parts = [part @ error.T for part, error in zip(x.split(16, 1), e.split(16, 1), strict=True)]
+            assert after == pytest.approx(sum(float(part.square().mean(0).sum()) for part in parts), rel=1e-3)
+
+
+def test_modules_are_compared_on_a_sample(monkeypatch):
+    """MLPs on rows from all batches; attention on whole sequences, called as the model calls it."""
+    monkeypatch.setattr("remanence.compress.sites.ROWS", 60)
+    block = last(build(CONFIGS["llama"]()), tokens((24, 40, 16)))
+    outs = []
+    handle = block.module.self_attn.register_forward_hook(lambda *call: outs.append(call[-1][0]))
+    rows, called = observe(block, ["self_attn", "mlp", "mlp.down_proj"])
+    outputs(block)
+    handle.remove()
+    whole = outs[-3:]
+    with torch.no_grad():
+        now = [block.module.self_attn(*args, **kwargs)[0] for args, kwargs in called["self_attn"]]
+    # 20 tokens are due after the first batch, 40 after the second, 60 after the third.
+    assert [list(out.shape) for out in now] == [[1, 24, 32], [1, 40, 32]]
+    for out, full in zip(now, whole, strict=False):
+        torch.testing.assert_close(out, full[:1])
+    for name, layer in (("mlp", "mlp.gate_proj"), ("mlp.down_proj", "mlp.down_proj")):
+        taken = [args[0][0] for args, _ in called[name]]
+        assert [len(x) for x in taken] == [20, 20, 20]
+        for x, batch in zip(taken, block.inputs([layer]), strict=True):
+            assert all((batch[layer] == row).all(1).any() for row in x)
+            assert (batch[layer][0] == x[0]).all()
+    assert rows["mlp.gate_proj"] is rows["mlp.up_proj"]
+    assert rows["mlp.gate_proj"].tokens == 160
+    assert [len(x) for x in rows["mlp.gate_proj"].sample] == [20, 20, 20]
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 32), QuantSpec(4), QuantSpec(3, 16, False)])
