@@ -30,7 +30,7 @@ from ..compress.files import read_json
 from ..compress.shards import ShardWriter
 
 GIB = 2**30
-RECIPES = ("rtn-w4a16-g128-plain", "gptq-w4a16-g128-plain")
+RECIPES = ("rtn-w4a16-g128", "gptq-w4a16-g128")
 PEAK_LIMIT, TIME_LIMIT = 1.15, 1.5
 # Hidden and intermediate size, vocabulary; of these the largest of which _LEAST blocks are not too much.
 _SHAPES = ((4096, 11008, 32000), (1024, 2816, 8000), (256, 768, 2000))

@@ -80,7 +80,7 @@ class Hidden:
             assert kept is not None
             return kept
         found = torch.empty(*self.shapes[i], self.width, dtype=self.dtype)
-        data = memoryview(found.view(torch.uint8).numpy()).cast("B")
+        data = memoryview(found.view(torch.uint8).numpy().data).cast("B")
         self._file.seek(self._starts[i])
         while len(data):
             count = self._file.readinto(data)
@@ -94,7 +94,7 @@ class Hidden:
         if self._file is None:
             self._kept[i] = hidden
             return
-        data = memoryview(hidden.view(torch.uint8).numpy()).cast("B")
+        data = memoryview(hidden.view(torch.uint8).numpy().data).cast("B")
         self._file.seek(self._starts[i])
         while len(data):
             data = data[self._file.write(data) :]
@@ -218,7 +218,7 @@ def enter(model: PreTrainedModel, batches: Sequence[Tensor], hidden: Hidden | No
     """
     layers = decoder_list(model)[2]
     calls: list[Calls] = [{} for _ in layers]
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     as_tuple = False
     shapes: set[tuple[int, ...]] = set()
     for i, ids in enumerate(batches):

@@ -33,6 +33,7 @@ def group_parameters(
     A group of zeros, or so small that its scale is rounded to zero, has scale 1 and stands for zeros.
     Raises ValueError for a scale beyond `scale_dtype`.
     """
+    full: tuple[Tensor, Tensor | None]
     if not spec.symmetric:
         full = _minmax(w, spec, scale_dtype)
     elif scale == "signed-max":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .block import Block, Hidden, Linear, enter
-from .footprint import Machine, Prediction, _seconds, peak_rss, reset_peak, rss, steady_heap, trim_heap
+from .footprint import Machine, Prediction, peak_rss, reset_peak, rss, steady_heap, trim_heap
 from .sequential import compress_block_, make_block, needs_dense, round_
 from .shards import fill_, hollow_
 from .spec import QuantSpec, Recipe
@@ -29,7 +29,7 @@ from .walk import compressed_weight, weight_of
 # Tokens that a trial sees, where there are so many; methods that look at a sample of the data look at that many.
 _TOKENS = 2048
 # Weights that a data-free trial looks at, and the seconds it may take per width.
-_WEIGHTS, _BUDGET = 1 << 17, 0.3
+_WEIGHTS, _BUDGET = 1 << 17, 1.0
 # Iterations of learned rounding that are tried.
 _FEW, _MORE = 2, 6
 # Beside the tensors: a buffer of 16 MiB in which files are compared, and what slices of rows take.
@@ -47,7 +47,7 @@ def plan(job: Job, machine: Machine) -> Prediction:
     """Predict the peak of resident memory of this process, the most bytes under the output's parent at any time, and
     the seconds of `compress_streamed(job, ...)`, on a machine as busy as it is now.
 
-    Takes the time of a block for calibrated methods (of 200 iterations of learned rounding, that of 8), below a second
+    Takes the time of a block for calibrated methods (of 200 iterations of learned rounding, that of 8), a few seconds
     for the others, and less memory than the run. Raises ValueError where the trial does.
     """
     steady_heap()
@@ -108,8 +108,19 @@ def _rounded(job: Job) -> _Trial:
         read += sum(tensor.nbytes for tensor in module.state_dict().values())
         weight = weight_of(module.to(job.device))[: max(1, _WEIGHTS // K)].clone()
         hollow_(module)
-        seconds += weights[K] * _seconds(lambda w=weight: _round(w, job.recipe), _BUDGET) / weight.numel()  # type: ignore[misc]
+        seconds += weights[K] * _mean_seconds(weight, job.recipe) / weight.numel()
     return _Trial(seconds, rss(), read / taken)
+
+
+def _mean_seconds(weight: Tensor, recipe: Recipe) -> float:
+    """Of the method on `weight`. A mean over a second and more: what else runs on this machine takes its share, which a
+    median of calls of milliseconds would not show."""
+    _round(weight, recipe)
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < _BUDGET:
+        _round(weight, recipe)
+        count += 1
+    return spent / count
 
 
 def _round(weight: Tensor, recipe: Recipe) -> None:

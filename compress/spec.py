@@ -276,12 +276,15 @@ class Recipe:
             object.__setattr__(self, "options", METHODS[self.method]())
         if type(self.options) is not METHODS[self.method]:
             raise ValueError(f"options: {self.options} are not those of {self.method}")
-        if self.spec is not None and not self.spec.symmetric and self.options.scale == "signed-max":
-            object.__setattr__(self, "options", replace(self.options, scale="minmax"))
-        _check_options(self.options)
-        if self.spec is not None and self.spec.symmetric == (self.options.scale == "minmax"):
+        options: Any = self.options
+        _check_options(options)
+        if self.spec is None:
+            return
+        if not self.spec.symmetric and options.scale == "signed-max":
+            object.__setattr__(self, "options", options := replace(options, scale="minmax"))
+        if self.spec.symmetric == (options.scale == "minmax"):
             sort = "symmetric" if self.spec.symmetric else "asymmetric"
-            raise ValueError(f"scale: {self.options.scale} does not go with the {sort} format; asymmetric is minmax")
+            raise ValueError(f"scale: {options.scale} does not go with the {sort} format; asymmetric is minmax")
 
     @property
     def compresses(self) -> bool:

@@ -67,7 +67,7 @@ class Order:
     def rows(self) -> dict[str, Sequence[QA]]:
         """Rows by source."""
         if self.data is not None:
-            asked = {"forget": self.forget} if self.forget else {}
+            asked: dict[str, Any] = {"forget": self.forget} if self.forget else {}
             corpus = load_corpus(AuditConfig(data=self.data, data_dir=self.data_dir, seed=self.seed, **asked))
             return {"retain": corpus.retain, "forget": corpus.forget}
         return {name: read_rows(path) for name, path in (("retain", self.retain), ("forget", self.forget)) if path}

@@ -426,7 +426,10 @@ def test_the_positive_control_counts_when_it_is_audited_too():
     doc = document()
     for recipe in RECIPES:
         change(doc, "bucketed", recipe, control=None)
-    said = "1 of 2 audited methods held under every recipe; bucketed (positive control) returned under rtn-w4a16-g64-plain."
+    said = (
+        "1 of 2 audited methods held under every recipe; "
+        "bucketed (positive control) returned under rtn-w4a16-g64-plain."
+    )
     assert headline(html(doc)) == said
 
 
