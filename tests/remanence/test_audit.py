@@ -397,7 +397,7 @@ def test_report_shows_an_audit_again(audited, tmp_path):
     ("arguments", "code", "message"),
     [
         (["audit", "--recipes", "rtn-w4a16-g46-plain"], 2, "group_size: 46"),
-        (["audit", "--recipes", "rnt-w4a16-g64"], 2, "did you mean rtn-w4a16-g64-plain"),
+        (["audit", "--recipes", "rnt-w4a16-g64"], 2, "did you mean rtn-w4a16-g64"),
         (["audit", "--methods", "npoo"], 2, "did you mean npo"),
         (["audit", "--pressures", "relerning"], 2, "pressures: 'relerning' is unknown; did you mean relearning?"),
         (["audit", "--scalability", "2", "--sustainability", "2"], 2, "beside sustainability"),
