@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -207,6 +206,8 @@ def _start(
     environment = {**os.environ, "OMP_NUM_THREADS": str(_threads()), "MALLOC_ARENA_MAX": "2"}
 
     def restrict() -> None:
+        import resource  # not on Windows
+
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -299,7 +299,8 @@ def test_rounding_by_peers_is_rounding(real_cache, tmp_path, memorized, name, bi
         close = (found.double() - expected).abs() <= 2**-11 * expected.abs() + 1e-7
         tie = ((steps.abs() % 1 - 0.5).abs() < 1e-5).view_as(W)  # every group's largest: to either side in float32
         assert (close | tie).all()
-        assert ((found.double() - W).abs() <= (0.5 * scale + 2**-11 * groups.abs() + 1e-7).view_as(W)).all()
+        bound = (0.5 + 2 ** (bits - 1) * 2**-11) * scale + 1e-7
+        assert ((found.double() - W).view_as(groups).abs() <= bound).all()
 
 
 @pytest.mark.slow
