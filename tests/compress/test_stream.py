@@ -143,7 +143,8 @@ def live_bytes():
     """Of all tensors that are there and not hollow."""
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and not thing.is_meta and thing.numel():
+        plain = isinstance(thing, torch.Tensor) and thing.layout == torch.strided  # others have no such storage
+        if plain and not thing.is_meta and thing.numel():
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
