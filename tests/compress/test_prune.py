@@ -118,7 +118,7 @@ def tied_llama():
 def test_a_tied_head_cannot_be_pruned_by_accident():
     model = tied_llama()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="magnitude-s50.*: lm_head: its weight is also the input embedding"):
+    with pytest.raises(ValueError, match=r"magnitude-s50.*: lm_head: its weight is also the input embedding"):
         prune_(model, Recipe("magnitude", None, ignore=(), prune=PruneSpec(0.5)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     compress_(model, HALF)
