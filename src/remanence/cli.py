@@ -451,6 +451,8 @@ def bench(
     ] = None,
     parts: Annotated[str | None, typer.Option(help="ptq: of quality, layers, recovery.")] = None,
     peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,
+    gib: Annotated[float | None, typer.Option(help="streaming: size of the model's weights.")] = None,
+    limit_gib: Annotated[float | None, typer.Option(help="streaming: of the memory it may take.")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -471,7 +473,13 @@ def bench(
     chosen = _names("methods", methods)
     for method in (chosen or ()) if name == "unlearning" else ():
         _usage(method_named, method)
-    asked: dict[str, object] = {"data_dir": data_dir, "methods": chosen, "parts": _names("parts", parts)}
+    asked: dict[str, object] = {
+        "data_dir": data_dir,
+        "methods": chosen,
+        "parts": _names("parts", parts),
+        "gib": gib,
+        "limit_gib": limit_gib,
+    }
     if not peers:
         asked["peers"] = False
     options = {key: value for key, value in asked.items() if value is not None}
