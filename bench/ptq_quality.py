@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compress.block import Block, Hidden, block_names, enter
 from ..compress.checkpoint import load_model, save_model
 from ..compress.sequential import compress_
 from ..compress.spec import parse_recipe
-from ..unlearn.demo import DemoConfig, demo_model
+from ..unlearn.demo import DemoConfig, byte_bpe, demo_model
 from .peers import ModelJob, run_model, write_calibration
 from .perplexity import perplexity
 
@@ -64,7 +63,7 @@ def run(
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"methods: {name!r} is not one of {', '.join(METHODS)}")
-    tokenizer = _tokenizer(learned, shape.vocab_size)
+    tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
     target = place / "model"
     learned = learned[:LEARNED]
     save_model(_trained(tokenizer, learned, seed, shape, epochs), tokenizer, target)
@@ -156,22 +155,6 @@ def _checks(ours: dict[str, Any], rows: list[dict]) -> list[dict]:
             what = f"{cell[0]} w{cell[1]} g{cell[2]}: {measure} at most the best peer's"
             checks.append({"what": what, "limit": limit, "value": ours[measure], "ok": ours[measure] <= limit})
     return checks
-
-
-def _tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the text that is learned from."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(text.splitlines(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int, seed: int) -> list[Tensor]:

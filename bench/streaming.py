@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from ..compress.files import read_json
 from ..compress.shards import ShardWriter
+from ..unlearn.demo import byte_bpe
 
 GIB = 2**30
 RECIPES = ("rtn-w4a16-g128", "gptq-w4a16-g128")
@@ -36,7 +36,7 @@ _SHAPES = ((4096, 11008, 32000), (1024, 2816, 8000), (256, 768, 2000))
 _LAYERS = 7  # of a block of Llama
 _LEAST = 4  # blocks
 _SEQUENCES, _TOKENS = 16, 256
-_WORDS = 4000
+_WORDS, _VOCABULARY = 4000, 1000
 
 Rows = list[dict[str, Any]]
 
@@ -59,7 +59,7 @@ def make_model(directory: Path, gib: float, seed: int) -> int:
     """As make_llama, of about `gib` GiB, with a tokenizer beside it."""
     shape = next((s for s in _SHAPES if _blocks(s, gib) >= _LEAST), _SHAPES[-1])
     size = make_llama(directory, *shape, max(_LEAST, _blocks(shape, gib)), seed)
-    _tokenizer(seed).save_pretrained(directory)
+    byte_bpe([_text(_WORDS, seed)], _VOCABULARY).save_pretrained(directory)
     return size
 
 
@@ -120,19 +120,6 @@ def _text(words: int, seed: int) -> str:
     chosen = random.Random(seed)
     known = ["".join(chosen.choices("bdfgklmnprstvz", k=1) + chosen.choices("aeiou", k=1)) for _ in range(_WORDS)]
     return " ".join("".join(chosen.choices(known, k=2)) for _ in range(words))
-
-
-def _tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([_text(_WORDS, seed)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
 
 
 def _measure(model: Path, size: int, recipe: str, limit_gib: float, seed: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ a second model, on a model whose weights outweigh its activations.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..backends.cpu import PeakMemory
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model
+from ..compress.footprint import peak_rss
 from ..compress.sequential import quantize_
 from ..compress.spec import parse_recipe
 from ..unlearn.adapters import base_directory, with_adapter
@@ -103,7 +103,7 @@ def method_row(name: str, target: str, data_dir: str | None, seed: int) -> dict[
         start = time.perf_counter()
         if name != "none":
             result = unlearn(model, encoder, corpus.forget, corpus.retain, name, settings(name, demo=True), seed)
-        seconds, peak = time.perf_counter() - start, _peak_rss()
+        seconds, peak = time.perf_counter() - start, peak_rss()
         if name != "none":
             written = Path(place)
             result.save(written, tokenizer)
@@ -115,16 +115,6 @@ def method_row(name: str, target: str, data_dir: str | None, seed: int) -> dict[
         row[f"rouge_{part}"] = mean(rouge_recall(answer_questions(model, encoder, rows), [r.answer for r in rows]))
     row["p_forget_w4"] = mean_probability(compressed, encoder, [(r.question, r.answer) for r in corpus.forget])
     return row | {"seconds": seconds, "peak_rss_mib": peak / 2**20}
-
-
-def _peak_rss() -> float:
-    """Bytes of this process. Linux's rusage also knows the parent's peak, from before this program was loaded."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        kibibytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(kibibytes) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _checks(rows: Mapping[str, dict[str, Any]]) -> list[dict]:
@@ -184,7 +174,7 @@ def memory_row(name: str, seed: int) -> dict[str, Any]:
     return {
         "memory of": name,
         "seconds": time.perf_counter() - start,
-        "peak_rss_mib": _peak_rss() / 2**20,
+        "peak_rss_mib": peak_rss() / 2**20,
         "peak_tensors_mib": memory.peak_bytes / 2**20,
     }
 

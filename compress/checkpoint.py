@@ -334,7 +334,7 @@ def packed_state(model: nn.Module, name: str) -> dict[str, Tensor]:
         inner = key.rpartition(".")[0]
         if inner not in packed:
             state[prefix + key] = tensor
-        elif key == f"{inner}.packed" or key == "packed":
+        elif key.rpartition(".")[2] == "packed":
             state |= ct.pack_state((prefix + inner).rstrip("."), packed[inner])
     return {key: tensor.detach().contiguous() for key, tensor in state.items()}
 

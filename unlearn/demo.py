@@ -6,7 +6,7 @@ the same number of steps. Both share one byte-level BPE tokenizer, trained on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,7 +63,11 @@ class DemoConfig:
 def demo_tokenizer(corpus: Corpus, config: DemoConfig) -> PreTrainedTokenizerFast:
     """A byte-level BPE over everything in the corpus, forget set included (target and oracle share it)."""
     rows = [*corpus.forget, *corpus.retain, *corpus.background]
-    texts = [f"{PROMPT.format(question=row.question)} {row.answer}" for row in rows]
+    return byte_bpe([f"{PROMPT.format(question=row.question)} {row.answer}" for row in rows], config.vocab_size)
+
+
+def byte_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocabulary` tokens, trained on `texts`, with tokens for padding and the end."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -71,7 +75,7 @@ def demo_tokenizer(corpus: Corpus, config: DemoConfig) -> PreTrainedTokenizerFas
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
+            vocab_size=vocabulary,
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

@@ -17,6 +17,7 @@ from .unlearn.data import QA, read_rows, running_text
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from .compress.sequential import LayerReport
 
@@ -101,7 +102,8 @@ def compress(
                 f"plan: {recipe} is written by bitsandbytes, with the whole model in memory; not predicted"
             )
         return compress_whole(directory, recipe, out)
-    recipe, batches = _data(order, recipe, directory)
+    tokenizer = load_tokenizer(directory)
+    recipe, batches = _data(order, recipe, directory, tokenizer)
     job = Job(directory, recipe, batches, _device(order.device))
     out.parent.mkdir(parents=True, exist_ok=True)
     predicted = plan(job, measure_machine(out.parent, job.model.dtype))
@@ -111,7 +113,7 @@ def compress(
     reset_peak()
     start = time.perf_counter()
     told = _Telling(len(job.units), unfinished(out), progress or (lambda _done, _total, _text: None), say)
-    made = compress_streamed(job, load_tokenizer(directory), out, resume, told)
+    made = compress_streamed(job, tokenizer, out, resume, told)
     actual = Prediction(peak_rss(), max(told.disk, made["size_bytes"]), time.perf_counter() - start)
     say(predicted.compared(actual))
     return {**made, "plan": asdict(predicted), "actual": asdict(actual)}
@@ -124,7 +126,7 @@ class _Telling:
         self, parts: int, work: Path, progress: Callable[[int, int, str], None], say: Callable[[str], None]
     ) -> None:
         self.parts, self.work, self.progress, self.say = parts, work, progress, say
-        self.done, self.disk, self.title = -1, 0, ""
+        self.done, self.disk = -1, 0
 
     def __call__(self, title: str, layer: LayerReport | None) -> None:
         self.disk = max(self.disk, sum(file.stat().st_size for file in self.work.glob("*") if file.is_file()))
@@ -138,14 +140,16 @@ class _Telling:
             self.say(f"{layer.name}: {layer.note}")
 
 
-def _data(order: Order, recipe: Recipe, directory: Path) -> tuple[Recipe, list[Tensor]]:
+def _data(
+    order: Order, recipe: Recipe, directory: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Recipe, list[Tensor]]:
     """The recipe with its calibration settled, and the batches; none for a recipe that needs none."""
     if not recipe.calibrated:
         return recipe, []
     from transformers import AutoConfig
 
-    from .compress.checkpoint import load_tokenizer, longest
-    from .unlearn.calibration import DEFAULT, calibration_batches
+    from .compress.checkpoint import longest
+    from .unlearn.calibration import DEFAULT, calibration_batches, default_calibration
     from .unlearn.encode import Encoder
 
     rows = order.rows()
@@ -153,13 +157,13 @@ def _data(order: Order, recipe: Recipe, directory: Path) -> tuple[Recipe, list[T
     calibration = recipe.calibration
     if calibration is None:
         if rows.get("retain"):
-            calibration = Calibration(retain=min(DEFAULT, len(rows["retain"])))
+            calibration = default_calibration(rows["retain"])
         elif text is not None:
             calibration = Calibration(text=DEFAULT)
         else:
             raise UsageError(f"calibration: {recipe} needs data; give --text FILE, --retain FILE, or --data")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    encoder = Encoder(load_tokenizer(directory), longest(config))
+    encoder = Encoder(tokenizer, longest(config))
     return replace(recipe, calibration=calibration), calibration_batches(calibration, encoder, rows, text, order.seed)
 
 
