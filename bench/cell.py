@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
+from ..compress.places import base_directory
 from ..compress.sequential import LayerReport, Report, compress_
 from ..compress.spec import FOLDING, Recipe
 from ..compress.stream import compress_to
-from ..unlearn.adapters import base_directory, with_adapter
+from ..unlearn.adapters import with_adapter
 from ..unlearn.calibration import calibration_batches, default_calibration
 from ..unlearn.data import Corpus, EvalSet, running_text
 from ..unlearn.encode import Encoder, pad_id

@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ..backends.cpu import PeakMemory
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model
 from ..compress.footprint import peak_rss
+from ..compress.places import base_directory
 from ..compress.sequential import quantize_
 from ..compress.spec import parse_recipe
-from ..unlearn.adapters import base_directory, with_adapter
+from ..unlearn.adapters import with_adapter
 from ..unlearn.catalog import METHODS, settings
 from ..unlearn.data import Corpus, spread
 from ..unlearn.demo import DemoConfig, demo_tokenizer, train_demo

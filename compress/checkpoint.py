@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +37,7 @@ from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
 from .integration import mark
 from .linear import QuantLinear
+from .places import local_model
 from .spec import DENSE, Recipe
 from .walk import replace
 
@@ -51,7 +51,7 @@ def load_model(path: Path | str) -> PreTrainedModel:
     Raises FileNotFoundError for a missing directory, ValueError for a config that names outside code or a
     quantization we do not read.
     """
-    directory = _local(path)
+    directory = local_model(path)
     if directory is None:
         return _complete(path, _from_hub(str(path), AutoModelForCausalLM, **_DENSE))
     config = read_json(directory / "config.json")
@@ -83,7 +83,7 @@ def load_nf4(path: Path | str, device: torch.device | str = "cpu") -> PreTrained
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype != torch.float32 else torch.float32,
     )
     options = _DENSE | {"quantization_config": nf4, "device_map": {"": device}}
-    directory = _local(path)
+    directory = local_model(path)
     loaded: Any
     if directory is None:
         loaded = _from_hub(str(path), AutoModelForCausalLM, **options)
@@ -103,7 +103,7 @@ def skeleton(path: Path | str) -> PreTrainedModel:
 
     Raises FileNotFoundError for a missing directory, ValueError for a model that is quantized already.
     """
-    directory = _local(path)
+    directory = local_model(path)
     if directory is None:
         config = _from_hub(str(path), AutoConfig)
     else:
@@ -118,7 +118,7 @@ def skeleton(path: Path | str) -> PreTrainedModel:
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; ValueError when there is none or it has no end-of-sequence token."""
-    directory = _local(path)
+    directory = local_model(path)
     if directory is None:
         tokenizer = _from_hub(str(path), AutoTokenizer)
     else:
@@ -193,22 +193,9 @@ def longest(config: PreTrainedConfig) -> int:
     return 2048
 
 
-def _local(path: Path | str) -> Path | None:
-    """The directory, or None for what can only be a hub id."""
-    directory = Path(path)
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise FileNotFoundError(f"{directory}: no config.json in it; not a Hugging Face model directory")
-        return directory
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path))
-    if directory.exists() or directory.parent.exists() or not hub_id:
-        raise FileNotFoundError(f"{path}: no such model directory")
-    return None
-
-
 def local_directory(path: Path | str) -> Path:
     """The model's directory; what is only on the hub is brought into its cache first: weights, configs, tokenizer."""
-    directory = _local(path)
+    directory = local_model(path)
     if directory is not None:
         return directory
     try:

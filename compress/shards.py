@@ -24,9 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from .checkpoint import _check_config, _check_index, _local, _readable, has_experts
+from .checkpoint import _check_config, _check_index, _readable, has_experts
 from .experts import Source, source_keys, unfuse_experts_
 from .files import _sync, disk_errors, read_json, write_json
+from .places import local_model
 
 # In the order in which safetensors lays out a file, from last to first.
 DTYPES = {
@@ -246,7 +247,7 @@ def hollow_model(directory: Path | str) -> PreTrainedModel:
     Raises FileNotFoundError for what is no model directory, ValueError for damaged files, a config that names outside
     code, or a model that is quantized already.
     """
-    path = _local(directory)
+    path = local_model(directory)
     if path is None:
         raise FileNotFoundError(f"{directory}: no such directory; download the model first")
     raw = read_json(path / "config.json")

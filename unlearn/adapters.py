@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..compress.checkpoint import write_model
 from ..compress.files import read_json
 from ..compress.linear import QuantLinear
+from ..compress.places import base_directory
 from ..compress.walk import linears
 from .catalog import MethodConfig
 from .feed import Feed
@@ -131,12 +132,6 @@ def save_unmerged(adapted: nn.Module, tokenizer: PreTrainedTokenizerBase, direct
     adapted.save_pretrained(str(directory / "adapter"), save_embedding_layers=False)  # type: ignore[operator]
     (directory / "base").mkdir()
     write_model(adapted.unload(), tokenizer, directory / "base")  # type: ignore[operator]
-
-
-def base_directory(path: Path | str) -> Path | str:
-    """Where the weights of the model at `path` are: base/ where the adapter is kept apart, else the path itself."""
-    directory = Path(path)
-    return directory / "base" if (directory / "adapter").is_dir() and (directory / "base").is_dir() else path
 
 
 def with_adapter(model: PreTrainedModel, path: Path | str) -> PreTrainedModel:

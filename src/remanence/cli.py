@@ -143,6 +143,7 @@ def _audit(
         from .unlearn.data import requests
 
         _usage(requests, corpus.forget, axis[1])
+    _there(None if config.model == "demo" else config.model, config.oracle, *config.unlearned.values())
     _say("loading torch and transformers ...")
     from .axes import runs
     from .engine import audit as run
@@ -368,20 +369,18 @@ def evaluate(
 
     if out is not None:
         _writable("out", out)
-    _quiet()
     if data in ("muse-news", "muse-books"):
         given = {"retain": retain, "people": people, "target": target, "pressures": pressures, "tasks": tasks}
         for name, value in (given | {"templates": templates, "perplexity": perplexity}).items():
             if value is not None:
                 raise UsageError(f"{name}: goes with questions to forget and to keep, not with --data {data}")
+        _there(model, oracle)
         from .evaluate import evaluate_muse
 
+        _quiet()
         document, items = evaluate_muse(model, oracle, data, data_dir)
     else:
-        from .bench.cell import Measures
         from .corpus import load_corpus
-        from .evaluate import Tasks
-        from .evaluate import evaluate as run
 
         config = _audit_config(
             model=model,
@@ -396,6 +395,12 @@ def evaluate(
             seed=seed,
         )
         corpus = _usage(load_corpus, config)
+        _there(model, target, oracle)
+        from .bench.cell import Measures
+        from .evaluate import Tasks
+        from .evaluate import evaluate as run
+
+        _quiet()
         measures = Measures(oracle, config.pressures, templates, perplexity, seed=seed)
         wanted = Tasks(_names("tasks", tasks) or (), include_path, limit)
         document, items = run(model, target, corpus, measures, wanted)
@@ -637,6 +642,15 @@ def _new(out: Path) -> None:
     _writable("out", out)
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"out: {out} exists and is not empty; choose another place")
+
+
+def _there(*models: str | None) -> None:
+    """The models given are directories, or can be hub ids; FileNotFoundError before torch loads."""
+    from .compress.places import base_directory, local_model
+
+    for model in models:
+        if model is not None:
+            local_model(base_directory(model))
 
 
 def _writable(option: str, place: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .compress.places import local_model
 from .compress.recipe_file import read_recipe
 from .compress.spec import Calibration, Recipe, parse_calibration
 from .config import AuditConfig
@@ -55,6 +56,7 @@ class Order:
             for name in ("retain", "forget", "data", "text"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: {recipe} looks at no data; leave it out")
+        local_model(self.model)
 
     def parsed(self) -> Recipe:
         """The recipe with its calibration data settled as far as it was asked for."""

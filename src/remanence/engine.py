@@ -25,6 +25,7 @@ from .bench.cell import CELL_VERSION, CellScores, Measures, measure_cell
 from .bench.document import build_document
 from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
 from .compress.files import read_json, write_json
+from .compress.places import base_directory
 from .compress.spec import QuantSpec, Recipe
 from .compress.walk import linears, weight_of
 from .config import CONTROL, AuditConfig
@@ -34,7 +35,6 @@ from .kernels.ops import isa
 from .progress import Reporter, Silent
 from .report import SCHEMA
 from .store import Store, digest, directory_digest, file_digest
-from .unlearn.adapters import base_directory
 from .unlearn.bucketed import control_recipe
 from .unlearn.catalog import METHODS, MethodConfig, settings
 from .unlearn.data import Corpus, forgetting_first

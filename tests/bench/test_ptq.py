@@ -60,6 +60,7 @@ def test_a_layer_is_timed_in_a_process_of_its_own(tmp_path):
     assert 0 < rows[0]["relative_error"] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_recovery_has_a_row_for_every_source():
     corpus = people_corpus(8, "forget20", 0)

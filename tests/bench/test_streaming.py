@@ -35,6 +35,7 @@ def test_shapes(gib, shape):
     assert streaming._blocks(shape, gib) >= 4
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_under_a_limit():
     rows, checks = streaming.run(seed=0, gib=0.01, limit_gib=1.5, methods=("gptq-w4a16-g64-plain",))
     (row,) = rows

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from remanence.compress.checkpoint import load_model, load_tokenizer, save_model
-from remanence.unlearn.adapters import base_directory, with_adapter
+from remanence.compress.places import base_directory
+from remanence.unlearn.adapters import with_adapter
 from remanence.unlearn.catalog import METHODS
 from remanence.unlearn.inference.store import attach
 from remanence.unlearn.likelihood import mean_probability

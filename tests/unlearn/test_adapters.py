@@ -11,6 +11,7 @@ import pytest
 import torch
 from remanence.compress.checkpoint import load_model, load_tokenizer, save_model
 from remanence.compress.linear import QuantLinear
+from remanence.compress.places import base_directory
 from remanence.compress.sequential import quantize_
 from remanence.compress.spec import parse_recipe
 from remanence.compress.walk import linears
@@ -134,7 +135,7 @@ def unmerged(memorized, tmp_path_factory):
 def test_an_unmerged_adapter_comes_back_with_its_base(unmerged, memorized):
     out, together = unmerged
     assert {path.name for path in out.iterdir()} == {"base", "adapter", "unlearning.json"}
-    base = load_model(adapters.base_directory(out))
+    base = load_model(base_directory(out))
     alone = logits(base, memorized)
     torch.testing.assert_close(logits(adapters.with_adapter(base, out), memorized), together, rtol=1e-4, atol=1e-4)
     # FILA's base is a residual, and no model that anybody wants.
@@ -181,7 +182,7 @@ def test_saved_apart_by_architecture(arch, dtype, model, feed, memorized, tmp_pa
     adapted = shaken(adapters.attach(model(arch), settings("npo", lora_rank=4, fila=True), feed)).to(dtype)
     together = logits(adapted, memorized)
     adapters.save_unmerged(adapted, memorized.tokenizer, tmp_path)
-    base = load_model(adapters.base_directory(tmp_path))
+    base = load_model(base_directory(tmp_path))
     assert base.dtype == dtype
     alone = logits(base, memorized)
     back = logits(adapters.with_adapter(base, tmp_path), memorized)
@@ -204,7 +205,7 @@ def test_an_adapter_beside_a_quantized_conv1d(model, feed, memorized, tmp_path):
 
 def test_a_directory_without_an_adapter_is_left_alone(memorized, tmp_path):
     save_model(memorized.target, memorized.tokenizer, tmp_path / "plain")
-    assert adapters.base_directory(tmp_path / "plain") == tmp_path / "plain"
+    assert base_directory(tmp_path / "plain") == tmp_path / "plain"
     base = load_model(tmp_path / "plain")
     assert adapters.with_adapter(base, tmp_path / "plain") is base
     assert torch.equal(logits(base, memorized), logits(memorized.target, memorized))

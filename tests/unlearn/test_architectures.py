@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from remanence.compress.checkpoint import load_model
+from remanence.compress.places import base_directory
 from remanence.compress.rtn import rtn
 from remanence.compress.spec import PLAIN_RTN, parse_recipe
 from remanence.compress.walk import linears, storage_dtype, weight_of
@@ -140,14 +141,14 @@ def same_when_reloaded(done, data, out):
     mine = logits(Guarded(done.model, done.guard) if done.guard else done.model, data)
     out.mkdir()
     done.save(out, data[2])
-    base = load_model(adapters.base_directory(out))
+    base = load_model(base_directory(out))
     back = attach(adapters.with_adapter(base, out), data[2], out)
     if done.adapted is None:
         assert torch.equal(logits(back, data), mine)
     else:  # peft multiplies in another order
         torch.testing.assert_close(logits(back, data), mine, rtol=0, atol=1e-4)
     if done.guard or done.adapted is not None:
-        assert not torch.allclose(logits(load_model(adapters.base_directory(out)), data), mine, atol=1e-2)
+        assert not torch.allclose(logits(load_model(base_directory(out)), data), mine, atol=1e-2)
 
 
 def should_move(method, target, model):
