@@ -154,7 +154,8 @@ def write_model(
     if (recipe is None or recipe.spec is None) and not has_experts(model):  # dense or pruned
         model.save_pretrained(work)
     else:
-        stem = "model" if _stock_readable(model) else OWN_STEM
+        linear = all(layer.replaces == "Linear" for layer in model.modules() if isinstance(layer, QuantLinear))
+        stem = "model" if stock_readable(model, linear) else OWN_STEM
         write_config(model, work, recipe or DENSE, dense_linears(model), stem)
         _write_shards(_quantized_state(model), work, stem)
     tokenizer.save_pretrained(work)
@@ -355,10 +356,9 @@ def in_files(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Te
     return {named(key): tensor for key, tensor in state.items()}
 
 
-def _stock_readable(model: PreTrainedModel) -> bool:
-    """Whether transformers with compressed-tensors would unpack every layer: it knows nn.Linear only, and experts where
-    the usual checkpoint has them one by one."""
-    linear = all(layer.replaces == "Linear" for layer in model.modules() if isinstance(layer, QuantLinear))
+def stock_readable(model: PreTrainedModel, linear: bool) -> bool:
+    """Whether transformers with compressed-tensors would unpack every layer: it knows nn.Linear only (`linear`: nothing
+    else is packed), and experts where the usual checkpoint has them one by one."""
     return linear and (not has_experts(model) or apart_on_disk(model))
 
 

@@ -24,7 +24,7 @@ from .sequential import compress_block_, make_block, needs_dense, round_
 from .shards import fill_, hollow_
 from .spec import QuantSpec, Recipe
 from .stream import Job, Unit
-from .walk import compressed_weight, weight_of
+from .walk import compressed_weight, weight_of, within
 
 # Tokens that a trial sees, where there are so many; methods that look at a sample of the data look at that many.
 _TOKENS = 2048
@@ -62,7 +62,7 @@ def plan(job: Job, machine: Machine) -> Prediction:
     seconds = trial.seconds + sum(size.dense for size in sizes) / trial.read + entered / trial.read
     seconds += final / machine.write + _PART_SECONDS * len(job.units)
     if job.recipe.calibrated:  # the others are in the trial
-        beside = [name for name in job.layers if not any(name.startswith(f"{block}.") for block in job.blocks)]
+        beside = [name for name in job.layers if not within(name, job.blocks)]
         rate = machine.clip if getattr(job.recipe.options, "clip", False) else machine.quantize
         seconds += sum(_numel(job, name) for name in beside) / rate
     if job.small:

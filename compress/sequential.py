@@ -20,7 +20,7 @@ from .bnb import bnb_
 from .experts import unfuse_experts_
 from .rtn import check_finite, relative_error
 from .spec import Recipe, make_options
-from .walk import check_unshared, fitting_linears, prune_, quant_linear, quantize_weight, replace, weight_of
+from .walk import check_unshared, fitting_linears, prune_, quant_linear, quantize_weight, replace, weight_of, within
 
 # Modules whose `solve(block, recipe)` quantizes the linear layers of one block.
 SOLVERS = {"gptq": "gptq", "awq": "awq", "smoothquant": "smoothquant", "signround": "signround"}
@@ -79,7 +79,7 @@ def quantize_(
     if recipe.calibrated:
         check_batches(recipe, batches)
         blocks = block_names(model)
-        inside = {name for name, _ in layers if any(name.startswith(f"{block}.") for block in blocks)}
+        inside = {name for name, _ in layers if within(name, blocks)}
         _calibrate(model, recipe, batches, blocks, report)
     for name, module in layers:
         if name not in inside:

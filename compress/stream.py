@@ -23,23 +23,22 @@ from .block import Block, Calls, Hidden, Linear, block_names, enter
 from .checkpoint import (
     OWN_STEM,
     file_names,
-    has_experts,
     in_files,
     load_model,
     load_tokenizer,
     local_directory,
     packed_state,
+    stock_readable,
     weight_bytes,
     write_config,
     write_model,
 )
-from .experts import apart_on_disk
 from .files import atomic_dir, publish, read_json, write_json
 from .footprint import available_memory, steady_heap, trim_heap
 from .sequential import LayerReport, check_batches, compress_, compress_block_, make_block, needs_dense, round_
 from .shards import ShardReader, ShardWriter, fill_, hollow_, hollow_model, names
 from .spec import Recipe
-from .walk import check_unshared, fitting_linears, linears, prune_layer_
+from .walk import check_unshared, fitting_linears, linears, prune_layer_, within
 
 _JOURNAL = "progress.json"
 # What is not in a decoder block (embeddings, norms, the head) is written in parts of at least this many bytes.
@@ -80,9 +79,8 @@ class Job:
             check_batches(recipe, batches)
         self.dense = [name for name, _ in linears(self.model, ()) if name not in self.layers]
         self.file_names = file_names(self.model)
-        # compressed-tensors' readers know nn.Linear only, and experts where the usual checkpoint has them one by one.
         linear = recipe.spec is None or all(isinstance(layer, nn.Linear) for _, layer in layers)
-        self.stock_readable = linear and (not has_experts(self.model) or apart_on_disk(self.model))
+        self.stock_readable = stock_readable(self.model, linear)
         self.blocks = block_names(self.model)
         self.repeated = _repeated(self.model)
         self.units = [*self._outside(), *(Unit((name,), number) for number, name in enumerate(self.blocks))]
@@ -94,9 +92,9 @@ class Job:
         size = 0
         for name, module in self.model.named_modules():
             own = [key for key in module.state_dict() if "." not in key]
-            if all(_join(name, key) in self.repeated for key in own) or _inside(name, [*self.blocks, *taken]):
+            if all(_join(name, key) in self.repeated for key in own) or within(name, [*self.blocks, *taken]):
                 continue
-            if any(_inside(block, [name]) for block in self.blocks):
+            if any(within(block, [name]) for block in self.blocks):
                 raise ValueError(f"{name or 'model'}: has weights of its own around its decoder blocks; not streamed")
             taken.append(name)
             group.append(name)
@@ -138,10 +136,6 @@ def _repeated(model: nn.Module) -> set[str]:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _inside(name: str, places: Sequence[str]) -> bool:
-    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 Notify = Callable[[str, LayerReport | None], None]
@@ -341,7 +335,7 @@ class _Run:
                 if states is not None:
                     states.close()
         else:
-            for name in (layer for layer in job.layers if _inside(layer, unit.modules)):
+            for name in (layer for layer in job.layers if within(layer, unit.modules)):
                 layer: Any = job.model.get_submodule(name)
                 if job.recipe.prune is None:
                     layers.append(round_(job.model, name, layer, job.recipe))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,20 +49,21 @@ def _ignored(model: nn.Module, ignore: tuple[str, ...]) -> set[str]:
             except re.error as error:
                 raise ValueError(f"ignore: {pattern!r} is no regular expression: {error}") from None
         else:
-            found = [
-                name
-                for name in names
-                if name == pattern or name.startswith(f"{pattern}.") or name.rpartition(".")[2] == pattern
-            ]
+            found = [name for name in names if within(name, [pattern]) or name.rpartition(".")[2] == pattern]
         if not found and pattern not in HEAD:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"ignore: {pattern!r} names no module of {type(model).__name__}{hint}")
-        left |= {name for name in names for part in found if name == part or name.startswith(f"{part}.")}
+        left |= {name for name in names if within(name, found)}
         if pattern in HEAD and isinstance(model, PreTrainedModel):
             head = model.get_output_embeddings()
             left |= {name for name, module in model.named_modules() if module is head}
     return left
+
+
+def within(name: str, places: Iterable[str]) -> bool:
+    """Whether a module or tensor of this full name is one of `places`, or inside one."""
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 def weight_of(module: Linear) -> Tensor:

@@ -7,30 +7,6 @@ import torch
 from remanence.kernels import ops, reference
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN (float) or the largest value (integer): a cell left unwritten is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, params=ops.available_isas())
-def isa(request):
-    before = ops.isa()
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa(before)
-
-
 def samples(n, b, groups, bits, asymmetric=False, masked=False, pushed=False, dtype=torch.float32):
     """Arguments of the op; scales of both signs, some weights far beyond the codes, some exactly between two."""
     generator = torch.Generator().manual_seed(n + b)

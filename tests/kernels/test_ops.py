@@ -14,31 +14,6 @@ ROWS = [0, 1, 3, 17, 65]  # 65 is above the native kernel's limit: dequantise, t
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-11 + 4e-6, torch.bfloat16: 2**-8 + 4e-6}
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN (float) or the largest value (integer): a cell left unwritten is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads; on a busy machine they would wait most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, params=ops.available_isas())
-def isa(request):
-    before = ops.isa()
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa(before)
-
-
 def random_codes(n, k, bits, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
