@@ -154,21 +154,32 @@ def write_model(
     if (recipe is None or recipe.spec is None) and not has_experts(model):  # dense or pruned
         model.save_pretrained(work)
     else:
-        linear = all(layer.replaces == "Linear" for layer in model.modules() if isinstance(layer, QuantLinear))
-        stem = "model" if stock_readable(model, linear) else OWN_STEM
-        write_config(model, work, recipe or DENSE, dense_linears(model), stem)
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+        linear = all(layer.replaces == "Linear" for layer in layers.values())
+        clipped = any(layer.activation is not None and layer.activation.clip != 1 for layer in layers.values())
+        stem = "model" if stock_readable(model, linear, clipped) else OWN_STEM
+        schemes = {name: ct.scheme_of(layer) for name, layer in layers.items()}
+        write_config(model, work, recipe or DENSE, schemes, dense_linears(model), stem)
         _write_shards(_quantized_state(model), work, stem)
     tokenizer.save_pretrained(work)
 
 
-def write_config(model: PreTrainedModel, work: Path, recipe: Recipe, dense: Sequence[str], stem: str) -> None:
+def write_config(
+    model: PreTrainedModel,
+    work: Path,
+    recipe: Recipe,
+    schemes: Mapping[str, ct.Scheme],
+    dense: Sequence[str],
+    stem: str,
+) -> None:
     """config.json and generation_config.json.
 
+    schemes   how every quantized layer is stored, by name
     dense   names of the linear layers that `recipe` leaves alone;  stem: of the weights' file names
     """
     config = json.loads(model.config.to_json_string())
     if recipe.spec is not None:
-        config["quantization_config"] = ct.to_config(recipe, dense) | mark(recipe, stem)
+        config["quantization_config"] = ct.to_config(schemes, dense) | mark(recipe, stem)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")  # not that of the config it was loaded with
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -265,7 +276,7 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
         raise ValueError(f"{directory}/config.json: quantization_config: expected an object")
     if quantization.get("quant_method") == "bitsandbytes":
         return load_bnb(directory)
-    spec = ct.from_config(quantization)
+    schemes = ct.Schemes(quantization)
     state = _read_shards(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     del config.quantization_config
@@ -276,12 +287,12 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
         state = in_files(state, {key: name for name, key in file_names(model).items()})
     present: set[int] = set()
     modules = dict(model.named_modules())
-    for name in [key.removesuffix(".weight_packed") for key in state if key.endswith(".weight_packed")]:
+    for name in ct.layers_in(state):
         dense = modules.get(name)
         if not isinstance(dense, nn.Linear | Conv1D):
             raise ValueError(f"{directory}: {name} is packed in the file but is no linear layer of the model")
         try:
-            layer = ct.unpack_layer(name, state, spec)
+            layer = ct.unpack_layer(name, state, schemes.of(name))
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         layer.replaces = type(dense).__name__
@@ -356,10 +367,11 @@ def in_files(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Te
     return {named(key): tensor for key, tensor in state.items()}
 
 
-def stock_readable(model: PreTrainedModel, linear: bool) -> bool:
-    """Whether transformers with compressed-tensors would unpack every layer: it knows nn.Linear only (`linear`: nothing
-    else is packed), and experts where the usual checkpoint has them one by one."""
-    return linear and (not has_experts(model) or apart_on_disk(model))
+def stock_readable(model: PreTrainedModel, linear: bool, clipped: bool) -> bool:
+    """Whether transformers with compressed-tensors would run every layer as we do: it knows nn.Linear only (`linear`:
+    nothing else is packed), whole ranges of activations (`clipped`: shares of them), and experts where the usual
+    checkpoint has them one by one."""
+    return linear and not clipped and (not has_experts(model) or apart_on_disk(model))
 
 
 def _write_shards(state: dict[str, Tensor], work: Path, stem: str) -> None:

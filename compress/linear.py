@@ -1,4 +1,4 @@
-"""A linear layer that holds packed integer weights; its forward is one torch op."""
+"""A linear layer that holds packed integer weights, and rounds its input where asked; its forward is one torch op."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels.ops import dequantize, pack, unpack
 from .rtn import QTensor
-from .spec import QuantSpec
+from .spec import ActivationSpec, QuantSpec
 
 
 class QuantLinear(nn.Module):
@@ -17,6 +17,8 @@ class QuantLinear(nn.Module):
     scale   [N, K/G], the dtype it is stored in
     zero    uint8 [N, K/G]; None in symmetric formats: 2^(bits-1)
     bias    [N] or None, the model's dtype
+    activation  how x is rounded; None: it is not
+    x_scale, x_zero   float32 [1] and int32 [1], of a static activation; else None
     replaces    class name of the layer it stands for; stock readers can only unpack into "Linear"
     """
 
@@ -24,6 +26,8 @@ class QuantLinear(nn.Module):
     scale: Tensor
     zero: Tensor | None
     bias: Tensor | None
+    x_scale: Tensor | None
+    x_zero: Tensor | None
 
     def __init__(
         self,
@@ -33,6 +37,8 @@ class QuantLinear(nn.Module):
         scale: Tensor,
         bias: Tensor | None,
         zero: Tensor | None = None,
+        activation: ActivationSpec | None = None,
+        static: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -43,16 +49,32 @@ class QuantLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
         self.register_buffer("bias", bias)
+        if (static is None) != (activation is None or activation.dynamic):
+            raise ValueError(f"static: {static} does not go with {activation}")
+        self.activation = activation
+        self.register_buffer("x_scale", None if static is None else static[0])
+        self.register_buffer("x_zero", None if static is None else static[1])
 
     @classmethod
-    def from_qtensor(cls, q: QTensor, bias: Tensor | None) -> QuantLinear:
+    def from_qtensor(
+        cls,
+        q: QTensor,
+        bias: Tensor | None,
+        activation: ActivationSpec | None = None,
+        static: tuple[Tensor, Tensor] | None = None,
+    ) -> QuantLinear:
         """Pack the codes of one quantized weight [N, K]."""
         bias = None if bias is None else bias.detach().clone()
-        return cls(q.spec, q.codes.shape[1], pack(q.codes, q.spec.bits), q.scale, bias, q.zero)
+        packed = pack(q.codes, q.spec.bits)
+        return cls(q.spec, q.codes.shape[1], packed, q.scale, bias, q.zero, activation, static)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""
-        return torch.ops.remanence.w4a16_linear(x, self.packed, self.scale, self.zero, self.bias, self.spec.bits)
+        weight = (self.packed, self.scale, self.zero, self.bias, self.spec.bits)
+        a = self.activation
+        if a is None:
+            return torch.ops.remanence.w4a16_linear(x, *weight)
+        return torch.ops.remanence.integer_linear(x, self.x_scale, self.x_zero, *weight, a.bits, a.symmetric, a.clip)
 
     def codes(self) -> Tensor:
         """[N, K] uint8."""
@@ -64,6 +86,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        return f"{self.in_features}, {self.out_features}, bits={spec.bits}, group_size={spec.group_size}" + (
-            "" if spec.symmetric else ", asymmetric"
+        return (
+            f"{self.in_features}, {self.out_features}, bits={spec.bits}, group_size={spec.group_size}"
+            + ("" if spec.symmetric else ", asymmetric")
+            + ("" if self.activation is None else f", activation={self.activation}")
         )

@@ -28,13 +28,13 @@ from .walk import dequantize_, replace
 
 _OWN_STEM = "remanence"
 _DTYPES = {
+    "I8": torch.int8,
     "I32": torch.int32,
     "I64": torch.int64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
 }
-_PACKED = ".weight_packed"
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -43,7 +43,7 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(self, **given: Any) -> None:
         self.quant_method: Any = METHOD
         self.given = given
-        self.spec = ct.from_config(given)
+        self.schemes = ct.Schemes(given)
         self.weights = given[MARK].get("weights") if isinstance(given[MARK], dict) else None
         if self.weights not in (None, _OWN_STEM):
             raise ValueError(f"quantization_config.{MARK}.weights: {self.weights!r} is not {_OWN_STEM!r}")
@@ -59,11 +59,12 @@ class Stored(nn.Module):
         super().__init__()
         self.replaces = replaces
         # Some models initialise weights of their children by name (GPT-2's c_proj.weight): this is one that needs none.
-        weight: Any = torch.empty(0)
+        weight: Any = tensors.get("weight", torch.empty(0))
         weight._is_hf_initialized = True
-        self.weight = weight
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        if "weight" not in tensors:
+            self.weight = weight
 
 
 class PackedQuantizer(HfQuantizer):
@@ -97,12 +98,10 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:
         header = _header(checkpoint_files)
         modules = dict(model.named_modules())
-        for key in [key.removesuffix(_PACKED) for key in header if key.endswith(_PACKED)]:
+        for key in ct.layers_in(header):
             name = _place(key, model, modules)
             dense = modules[name]
-            names = ["weight_packed", "weight_scale", "weight_shape"]
-            if not self.quantization_config.spec.symmetric:
-                names.append("weight_zero_point")
+            names = self.quantization_config.schemes.of(name).parts(f"{key}.input_clip" in header)
             if dense.bias is not None:
                 names.append("bias")
             elif f"{key}.bias" in header:
@@ -123,7 +122,7 @@ class PackedQuantizer(HfQuantizer):
             tensors = {f"{name}.{part}": tensor for part, tensor in stored.named_buffers()}
             if any(tensor.is_meta for tensor in tensors.values()):
                 raise ValueError(f"device_map: {name} was offloaded; packed layers have to fit the devices")
-            layer = ct.unpack_layer(name, tensors, self.quantization_config.spec)
+            layer = ct.unpack_layer(name, tensors, self.quantization_config.schemes.of(name))
             layer.replaces = stored.replaces
             replace(model, name, layer.train(model.training))
             if hasattr(stored, "_hf_hook"):  # moves the input to the layer's device, in models spread over several

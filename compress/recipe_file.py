@@ -7,17 +7,29 @@ symmetric: true
 options: {act_order: static, damp: 0.05}
 ignore: [lm_head, "re:.*router"]
 calibration: retain:64,forget:32
+activation: {bits: 8}    # left out: activations stay in the model's own dtype
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .spec import HEAD, METHODS, PRUNERS, PruneSpec, QuantSpec, Recipe, make_options, parse_calibration, parse_recipe
+from .spec import (
+    HEAD,
+    METHODS,
+    PRUNERS,
+    PruneSpec,
+    QuantSpec,
+    Recipe,
+    make_activation,
+    make_options,
+    parse_calibration,
+    parse_recipe,
+)
 
 _FIELDS = (
     "method",
@@ -28,8 +40,7 @@ _FIELDS = (
     "options",
     "ignore",
     "calibration",
-    "activation_bits",
-    "kv_bits",
+    "activation",
 )
 
 
@@ -76,6 +87,7 @@ def from_yaml(text: str) -> Recipe:
     if options is not None and method not in METHODS:
         raise ValueError(f"options: {method} has none")
     calibration = _typed(given, "calibration", str, None)
+    activation = _typed(given, "activation", dict, None)
     if (sparsity is not None) != (method in PRUNERS):
         raise ValueError(f"sparsity: {sparsity} does not go with {method}")
     return Recipe(
@@ -85,8 +97,7 @@ def from_yaml(text: str) -> Recipe:
         prune=None if sparsity is None else PruneSpec(sparsity),
         options=None if options is None else make_options(method, _with_scale(options, spec)),
         calibration=None if calibration is None else parse_calibration(calibration),
-        activation_bits=_typed(given, "activation_bits", int, 16),
-        kv_bits=_typed(given, "kv_bits", int, 16),
+        activation=None if activation is None else make_activation(activation),
     )
 
 
@@ -102,7 +113,8 @@ def to_yaml(recipe: Recipe) -> str:
     values["ignore"] = list(recipe.ignore)
     if recipe.calibration is not None:
         values["calibration"] = recipe.calibration.name
-    values |= {"activation_bits": recipe.activation_bits, "kv_bits": recipe.kv_bits}
+    if recipe.activation is not None:
+        values["activation"] = asdict(recipe.activation)
     return yaml.safe_dump(values, sort_keys=False)
 
 

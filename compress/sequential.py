@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .activations import Rounding, settle, without_data
 from .block import Block, Calls, Hidden, Linear, Solved, block_names, enter
 from .bnb import bnb_
 from .experts import unfuse_experts_
@@ -33,6 +35,10 @@ class LayerReport:
     error    relative squared error: of its outputs on the calibration data, or (`of` "weights") of the weight itself;
              None for a layer that saw no data
     damp     of the Hessian, where there is one
+    input_error   relative squared error of its outputs that comes from the rounding of its inputs alone; None where
+             those are not rounded, or no data was there
+    input_bits    that its inputs are rounded to; 16: they are not
+    input_static  on one grid for all tokens
     """
 
     name: str
@@ -41,6 +47,9 @@ class LayerReport:
     seconds: float
     damp: float | None = None
     note: str = ""
+    input_error: float | None = None
+    input_bits: int = 16
+    input_static: bool = False
 
 
 Report = Callable[[LayerReport], None]
@@ -112,9 +121,17 @@ def round_(model: nn.Module, name: str, module: Linear, recipe: Recipe) -> Layer
         data_free = data_free_recipe(recipe)
         q = quantize_weight(name, weight, data_free)
         error = relative_error(weight, q)
-        replace(model, name, quant_linear(module, q))
+        replace(model, name, quant_linear(module, q, data_free.activation))
     note = "" if data_free is recipe else "outside the decoder blocks: round to nearest"
-    return LayerReport(name, error, "weights", time.perf_counter() - start, note=note)
+    bits = 16 if data_free.activation is None else data_free.activation.bits
+    return LayerReport(name, error, "weights", time.perf_counter() - start, note=note, input_bits=bits)
+
+
+def with_rounding(report: LayerReport, rounding: Rounding) -> LayerReport:
+    """What was settled about the layer's input, too."""
+    note = ", ".join(filter(None, [report.note, rounding.note]))
+    a = rounding.activation
+    return replace_fields(report, note=note, input_error=rounding.error, input_bits=a.bits, input_static=not a.dynamic)
 
 
 def data_free_recipe(recipe: Recipe) -> Recipe:
@@ -122,7 +139,8 @@ def data_free_recipe(recipe: Recipe) -> Recipe:
     if not recipe.calibrated:
         return recipe
     knobs = {name: value for name, value in vars(recipe.options).items() if name in ("scale", "clip")}
-    return Recipe("rtn", recipe.spec, recipe.ignore, options=make_options("rtn", knobs))
+    activation = None if recipe.activation is None else without_data(recipe.activation)
+    return Recipe("rtn", recipe.spec, recipe.ignore, options=make_options("rtn", knobs), activation=activation)
 
 
 def _calibrate(
@@ -180,13 +198,20 @@ def compress_block_(block: Block, recipe: Recipe, after: Hidden, dense_after: Hi
             solved: dict[str, Solved] = import_module(f".{SOLVERS[recipe.method]}", __package__).solve(block, recipe)
         except ValueError as error:
             raise ValueError(f"{recipe}: {block.name}: {error}") from None
+        settled = {} if recipe.activation is None else settle(block, recipe.activation, solved)
         seconds = (time.perf_counter() - start) / len(solved)
         for name in list(block.linears):
             # Taken out, so that the dense weight is free as soon as the packed one is there.
-            found = solved.pop(name)
-            replace(block.module, name, quant_linear(block.linears.pop(name), found.q))
+            found, dense, rounding = solved.pop(name), block.linears.pop(name), settled.get(name)
             of = "weights" if found.error is None else "outputs"
-            reports.append(LayerReport(f"{block.name}.{name}", found.error, of, seconds, found.damp, found.note))
+            report = LayerReport(f"{block.name}.{name}", found.error, of, seconds, found.damp, found.note)
+            if rounding is None:
+                replace(block.module, name, quant_linear(dense, found.q))
+            else:
+                replace(block.module, name, quant_linear(dense, found.q, rounding.activation, rounding.static))
+                report = with_rounding(report, rounding)
+            reports.append(report)
+            del dense
     for i in range(len(block)):
         after.write(i, block.forward(i))
     return reports

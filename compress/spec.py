@@ -1,12 +1,13 @@
-"""What the numbers mean (QuantSpec, PruneSpec), how they were chosen (Recipe). Small, frozen, printable, hashable.
+"""What the numbers mean (QuantSpec, ActivationSpec, PruneSpec), how they were chosen (Recipe). Small, frozen, hashable.
 
-Short names: `dense` keeps the checkpoint as it is. `<method>-w<bits>a16[-g<group size>][-asym]`, `gptq-w4a16-g128`, or
-`rtn-w8a16` for one scale per output channel; `a16` says that activations stay in the model's own dtype and may be left
-out when asking (`rtn-w4-g64`). `-plain` at the end: the grid of compressed-tensors without any search, as most tools
-round. `bnb-<kind>[-dq]`, e.g. `bnb-nf4`: bitsandbytes' formats. `magnitude-s50` sets that percentage of weights to 0.
-What differs from a method's defaults follows: `gptq-w4a16-g128+act_order=static`, `+ignore=lm_head|re:.*gate`, and at
-the end the calibration data: `@retain:64+forget:32`. A recipe's name is read back as the same recipe; the same can be
-written as YAML (recipe_file.py).
+Short names: `dense` keeps the checkpoint as it is. `<method>-w<bits>a<bits>[-g<group size>][-asym]`, `gptq-w4a16-g128`,
+or `rtn-w8a8` for one scale per output channel; `a16` says that activations stay in the model's own dtype and may be
+left out when asking (`rtn-w4-g64`). `-plain` at the end: the grid of compressed-tensors without any search, as most
+tools round. `bnb-<kind>[-dq]`, e.g. `bnb-nf4`: bitsandbytes' formats. `magnitude-s50` sets that percentage of weights
+to 0. What differs from a method's defaults follows: `gptq-w4a16-g128+act_order=static`, `+ignore=lm_head|re:.*gate`,
+`smoothquant-w8a8+a_dynamic=false` (`a_` and a field of ActivationSpec), and at the end the calibration data:
+`@retain:64+forget:32`. A recipe's name is read back as the same recipe; the same can be written as YAML
+(recipe_file.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 BITS = (2, 3, 4, 8)
+ACTIVATION_BITS = (4, 8)
 SCALES = ("signed-max", "absmax", "minmax")
 ACT_ORDERS = ("gar", "static", "none")
 BNB_KINDS = ("nf4", "fp4", "int8")
@@ -53,6 +55,43 @@ class QuantSpec:
         if features % self.group_size:
             raise ValueError(f"{features} input features do not divide into groups of {self.group_size}")
         return features // self.group_size
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How a layer's input becomes integers of `bits` bits, on the grid of compressed-tensors.
+
+    symmetric    zero is code 0 and the largest |x| is half the range; else from the least to the largest x, 0 included
+    dynamic      one scale per token, made as it comes; False: one per layer, from the calibration data
+    clip         share of the range that is kept
+    search       find the layer's clip on the calibration data, from 1 down to 0.5, by the squared error of its output
+    fallback     a layer whose output is off by more than this relative squared error, for its input's rounding alone on
+                 the calibration data, keeps 8 bits; None: none does
+    """
+
+    bits: int
+    symmetric: bool = True
+    dynamic: bool = True
+    clip: float = 1.0
+    search: bool = False
+    fallback: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in ACTIVATION_BITS:
+            raise ValueError(
+                f"activation bits: {self.bits} is not one of {', '.join(map(str, ACTIVATION_BITS))}, or 16"
+            )
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"a_clip: {self.clip} is not above 0 and at most 1")
+        if self.fallback is not None and not self.fallback > 0:
+            raise ValueError(f"a_fallback: {self.fallback} is not above 0")
+        if self.search and self.clip != 1:
+            raise ValueError(f"a_clip: {self.clip} is given, and a_search would find another")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs data."""
+        return not self.dynamic or self.search or self.fallback is not None
 
 
 @dataclass(frozen=True)
@@ -226,7 +265,11 @@ _COMMON = (
     "awq-w4a16-g128-asym",
     "hqq-w4a16-g64-asym",
     "signround-w4a16-g128",
-    "smoothquant-w8a16",
+    "rtn-w8a8",
+    "smoothquant-w8a8",
+    "rtn-w4a8-g128",
+    "rtn-w4a4",
+    "gptq-w4a4",
     "bnb-nf4",
     "bnb-nf4-dq",
     "bnb-fp4",
@@ -246,7 +289,7 @@ class Recipe:
     prune     what becomes zero, by `method`; a recipe prunes or quantizes, not both
     options   the method's knobs; None: its defaults
     calibration   the data that a calibrated method sees; None: left to the caller
-    activation_bits, kv_bits   16: activations and the KV cache stay in the model's own dtype
+    activation   how inputs of quantized layers are rounded too; None: they stay in the model's own dtype
     """
 
     method: str
@@ -255,17 +298,15 @@ class Recipe:
     prune: PruneSpec | None = None
     options: Any = None
     calibration: Calibration | None = None
-    activation_bits: int = 16
-    kv_bits: int = 16
+    activation: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
         if self.prune is not None and self.spec is not None:
             raise ValueError(f"prune: {self.prune} beside {self.spec}; a recipe prunes or quantizes, not both")
-        for field in ("activation_bits", "kv_bits"):
-            if getattr(self, field) != 16:
-                raise ValueError(f"{field}: {getattr(self, field)} is not supported yet; expected 16")
         if self.calibration is not None and not self.calibrated:
             raise ValueError(f"calibration: {self.method} takes no data; it goes with {', '.join(CALIBRATED)}")
+        if self.activation is not None:
+            self._check_activation(self.activation)
         if self.method not in METHODS:
             if self.options is not None:
                 raise ValueError(f"options: {self.method} has none")
@@ -286,6 +327,13 @@ class Recipe:
             sort = "symmetric" if self.spec.symmetric else "asymmetric"
             raise ValueError(f"scale: {options.scale} does not go with the {sort} format; asymmetric is minmax")
 
+    def _check_activation(self, activation: ActivationSpec) -> None:
+        if self.spec is None:
+            raise ValueError(f"activation: {activation} goes with integer weights, not with {self.method}")
+        if activation.calibrated and not self.calibrated:
+            wanted = "a_search" if activation.search else "a_dynamic" if not activation.dynamic else "a_fallback"
+            raise ValueError(f"{wanted}: needs data, and {self.method} takes none; e.g. smoothquant-w8a8")
+
     @property
     def compresses(self) -> bool:
         """Whether it changes any weight."""
@@ -299,6 +347,10 @@ class Recipe:
     @property
     def name(self) -> str:
         knobs = "" if self.options is None else _spell_options(self)
+        if self.activation is not None:
+            given = {f"a_{name}": value for name, value in asdict(self.activation).items()}
+            implied = {f"a_{name}": value for name, value in asdict(ActivationSpec(self.activation.bits)).items()}
+            knobs += _spell(given, implied)
         ignored = "" if self.ignore == HEAD else f"+ignore={'|'.join(self.ignore)}"
         data = "" if self.calibration is None else f"@{self.calibration.name.replace(',', '+')}"
         return f"{self._base}{knobs}{ignored}{data}"
@@ -312,7 +364,8 @@ class Recipe:
         if self.spec is None:
             return self.method
         group = "" if self.spec.group_size is None else f"-g{self.spec.group_size}"
-        return f"{self.method}-w{self.spec.bits}a{self.activation_bits}{group}{'' if self.spec.symmetric else '-asym'}"
+        activation = 16 if self.activation is None else self.activation.bits
+        return f"{self.method}-w{self.spec.bits}a{activation}{group}{'' if self.spec.symmetric else '-asym'}"
 
     def __str__(self) -> str:
         return self.name
@@ -360,12 +413,16 @@ def parse_recipe(name: str) -> Recipe:
         if recipe is not None:
             given = dict(_knob(knob) for knob in knobs)
             ignore = given.pop("ignore", None)
+            rounding = {name[2:]: _value(given.pop(name)) for name in list(given) if name.startswith("a_")}
+            if rounding and recipe.activation is None:
+                raise ValueError(f"a_{next(iter(rounding))}: {base} does not round activations; w8a8 or w4a4 does")
             options = _parse_options(recipe, given) if given else recipe.options
             return replace(
                 recipe,
                 ignore=recipe.ignore if ignore is None else tuple(part for part in ignore.split("|") if part),
                 options=options,
                 calibration=parse_calibration(data) if at else None,
+                activation=_with(recipe.activation, rounding, "a_") if recipe.activation else None,
             )
     except ValueError as error:
         raise ValueError(f"recipe: {name!r}: {error}") from None
@@ -381,7 +438,8 @@ def _parse_base(base: str) -> Recipe | None:
     if quantizer and quantizer[1] in METHODS and quantizer[1] != "bnb":
         spec = QuantSpec(int(quantizer[2]), int(quantizer[4]) if quantizer[4] else None, not quantizer[5])
         options = make_options(quantizer[1], PLAIN) if quantizer[6] else None
-        return Recipe(quantizer[1], spec, options=options, activation_bits=int(quantizer[3] or 16))
+        bits = int(quantizer[3] or 16)
+        return Recipe(quantizer[1], spec, options=options, activation=None if bits == 16 else ActivationSpec(bits))
     pruner = re.fullmatch(r"([a-z]+)-s(\d+)", base)
     if pruner and pruner[1] in PRUNERS:
         return Recipe(pruner[1], None, prune=PruneSpec(int(pruner[2]) / 100))
@@ -419,11 +477,26 @@ def _value(text: str) -> object:
 def make_options(method: str, given: dict[str, object], defaults: Options | None = None) -> Options:
     """The knobs of `method`, the given ones in place of the defaults; ValueError for an unknown one or a wrong type."""
     options = defaults or METHODS[method]()
-    kinds = {field.name: str(field.type) for field in fields(options)}
+    for name in given:
+        if name not in (known := [field.name for field in fields(options)]):
+            raise ValueError(f"{name}: {method} has no such knob; it has {', '.join(known)}")
+    return _with(options, given)
+
+
+def make_activation(given: dict[str, object]) -> ActivationSpec:
+    """An ActivationSpec from its fields; ValueError for an unknown or missing one, or a wrong type."""
+    if "bits" not in given:
+        raise ValueError("activation: bits: missing")
+    return _with(ActivationSpec(ACTIVATION_BITS[-1]), given, "activation: ")
+
+
+def _with(frozen: Any, given: dict[str, object], prefix: str = "") -> Any:
+    """A frozen dataclass with other values; ValueError for an unknown field or a wrong type."""
+    kinds = {field.name: str(field.type) for field in fields(frozen)}
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in kinds:
-            raise ValueError(f"{name}: {method} has no such knob; it has {', '.join(kinds)}")
+            raise ValueError(f"{prefix}{name}: unknown; known are {', '.join(kinds)}")
         optional, kind = "None" in kinds[name], kinds[name].split(" ")[0]
         if optional and value in ("none", None):
             values[name] = None
@@ -431,9 +504,9 @@ def make_options(method: str, given: dict[str, object], defaults: Options | None
         if kind == "float" and type(value) is int:
             value = float(value)
         if type(value).__name__ != kind:
-            raise ValueError(f"{name}: {value!r} is not {kind}")
+            raise ValueError(f"{prefix}{name}: {value!r} is not {kind}")
         values[name] = value
-    return replace(options, **values)
+    return replace(frozen, **values)
 
 
 def parse_calibration(text: str) -> Calibration:

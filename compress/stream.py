@@ -35,9 +35,10 @@ from .checkpoint import (
 )
 from .files import atomic_dir, publish, read_json, write_json
 from .footprint import available_memory, steady_heap, trim_heap
+from .formats.compressed_tensors import Scheme
 from .sequential import LayerReport, check_batches, compress_, compress_block_, make_block, needs_dense, round_
 from .shards import ShardReader, ShardWriter, fill_, hollow_, hollow_model, names
-from .spec import Recipe
+from .spec import ActivationSpec, Recipe
 from .walk import check_unshared, fitting_linears, linears, prune_layer_, within
 
 _JOURNAL = "progress.json"
@@ -80,7 +81,9 @@ class Job:
         self.dense = [name for name, _ in linears(self.model, ()) if name not in self.layers]
         self.file_names = file_names(self.model)
         linear = recipe.spec is None or all(isinstance(layer, nn.Linear) for _, layer in layers)
-        self.stock_readable = stock_readable(self.model, linear)
+        a = recipe.activation
+        clipped = a is not None and a.dynamic and (a.search or a.clip != 1)
+        self.stock_readable = stock_readable(self.model, linear, clipped)
         self.blocks = block_names(self.model)
         self.repeated = _repeated(self.model)
         self.units = [*self._outside(), *(Unit((name,), number) for number, name in enumerate(self.blocks))]
@@ -213,13 +216,24 @@ def compress_streamed(
         run = _Run(job, work, journal, notify or (lambda _text, _layer: None))
         layers = run.units()
         run.writer.finish()
-        write_config(job.model, work, job.recipe, job.dense, run.writer.stem)
+        write_config(job.model, work, job.recipe, _schemes(job.recipe, layers), job.dense, run.writer.stem)
         tokenizer.save_pretrained(work)
         (work / _JOURNAL).unlink()
         difference = run.difference()
         if difference:
             raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
     return _made(job.recipe, target, job.parameters, difference, job.stock_readable, layers, start)
+
+
+def _schemes(recipe: Recipe, layers: Sequence[LayerReport]) -> dict[str, Scheme]:
+    """How every layer is stored, from what was reported of it: a resumed run has not seen the first ones."""
+    if recipe.spec is None:
+        return {}
+    a, found = recipe.activation, {}
+    for layer in layers:
+        activation = None if a is None else ActivationSpec(layer.input_bits, a.symmetric, not layer.input_static)
+        found[layer.name] = Scheme(recipe.spec, activation)
+    return found
 
 
 def unfinished(target: Path) -> Path:

@@ -18,7 +18,7 @@ from .hqq import hqq
 from .linear import QuantLinear
 from .prune import magnitude
 from .rtn import QTensor, rtn
-from .spec import HEAD, PruneSpec, QuantSpec, Recipe
+from .spec import HEAD, ActivationSpec, PruneSpec, QuantSpec, Recipe
 
 # Quantizers that need the weight alone; the calibrated ones are in sequential.py.
 DATA_FREE: dict[str, Callable[[Tensor, QuantSpec, torch.dtype, Any], QTensor]] = {"rtn": rtn, "hqq": hqq}
@@ -162,9 +162,14 @@ def compressed_weight(name: str, weight: Tensor, recipe: Recipe) -> Tensor:
         raise ValueError(f"{recipe}: {name}: {error}") from None
 
 
-def quant_linear(module: Linear, q: QTensor) -> QuantLinear:
-    """The packed layer that stands for `module`."""
-    layer = QuantLinear.from_qtensor(q, module.bias)
+def quant_linear(
+    module: Linear,
+    q: QTensor,
+    activation: ActivationSpec | None = None,
+    static: tuple[Tensor, Tensor] | None = None,
+) -> QuantLinear:
+    """The packed layer that stands for `module`; `activation`, `static`: how its input is rounded (see QuantLinear)."""
+    layer = QuantLinear.from_qtensor(q, module.bias, activation, static)
     layer.replaces = type(module).__name__
     return layer
 

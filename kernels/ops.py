@@ -26,9 +26,11 @@ __all__ = [
     "clip_error",
     "dequantize",
     "gptq_block",
+    "integer_linear",
     "isa",
     "pack",
     "packed_width",
+    "quantize_per_token",
     "set_isa",
     "unpack",
     "w4a16_linear",
@@ -42,6 +44,8 @@ _UINT8 = (torch.uint8,)
 # Rows of x up to which the native kernel beats dequantising once and F.linear: measured on two Zen 4 cores
 # (4 bits, g64, AVX2 and AVX-512), they cross at 32 rows for 256x256, at 48 or more for 2048x2048 and above.
 _NATIVE_ROWS = 32
+# Products of two codes that are summed in float32: at most 255 * 255 each, so no sum passes 2^24, and all are exact.
+_EXACT = 256
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -79,6 +83,42 @@ def w4a16_linear(
     bias, never to the weight. ValueError where a shape or dtype does not fit.
     """
     return torch.ops.remanence.w4a16_linear(x, packed, scale, zero, bias, bits)
+
+
+def quantize_per_token(
+    x: torch.Tensor, bits: int, symmetric: bool = True, clip: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every row of x [..., K] on a grid of its own: codes int8 [..., K] from -2^(bits-1) to 2^(bits-1) - 1, scale
+    float32 [..., 1], zero int32 [..., 1]; x ~ (codes - zero) * scale. As compressed-tensors' dynamic per-token grid.
+
+    symmetric   zero 0, scale = clip * max|x| / ((2^bits - 1) / 2); else from clip * min(x, 0) to clip * max(x, 0)
+    A row of zeros has scale 1; one that is not finite a scale that is not. ValueError for another dtype or width.
+    """
+    return torch.ops.remanence.quantize_per_token(x, bits, symmetric, clip)
+
+
+def integer_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    x_bits: int = 8,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    x_scale: torch.Tensor | None = None,
+    x_zero: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [..., K] @ w.T + bias [N] -> y [..., N] in x's dtype, x rounded to integers of `x_bits` bits first.
+
+    Rows of x by `quantize_per_token`, or on the grid of x_scale float32 [1] and x_zero int32 [1]; the weight as in
+    `dequantize`. Sums over a group are exact integers, the rest is float32. Gradients pass the rounding of x as if it
+    were not there, and flow to the bias. ValueError where a shape or dtype does not fit.
+    """
+    return torch.ops.remanence.integer_linear(
+        x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, symmetric, clip
+    )
 
 
 def gptq_block(
@@ -170,6 +210,29 @@ def _check_linear(
         _check_tensor("bias", bias, _FLOATS, (packed.shape[0],))
 
 
+def _check_quantize_per_token(x, bits, _symmetric, clip):
+    if x.dtype not in _FLOATS or not x.dim() or not x.shape[-1]:
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected float32, float16 or bfloat16 [..., K]")
+    _check_grid(bits, clip)
+
+
+def _check_grid(bits, clip):
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits: {bits}, expected 2 to 8 for activations")
+    if not 0 < clip <= 1:
+        raise ValueError(f"clip: {clip}, expected above 0 and at most 1")
+
+
+def _check_integer_linear(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, _symmetric, clip):
+    _check_linear(x, packed, scale, zero, bias, bits)
+    _check_grid(x_bits, clip)
+    if (x_scale is None) != (x_zero is None):
+        raise ValueError("x_scale: goes with x_zero; expected both or neither")
+    if x_scale is not None:
+        _check_tensor("x_scale", x_scale, (torch.float32,), (1,))
+        _check_tensor("x_zero", x_zero, (torch.int32,), (1,))
+
+
 def _check_gptq_block(running, upper, scale, zero, group, kept, push, bits):
     if bits not in BITS:
         raise ValueError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
@@ -221,6 +284,19 @@ def _dequantize_fake(packed, _scale, _zero, _bits, k):
 
 
 def _linear_fake(x, packed, _scale, _zero, _bias, _bits):
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _quantize_per_token_fake(x, _bits, _symmetric, _clip):
+    row = (*x.shape[:-1], 1)
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(row, dtype=torch.float32),
+        x.new_empty(row, dtype=torch.int32),
+    )
+
+
+def _integer_linear_fake(x, _x_scale, _x_zero, packed, *_):
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
@@ -297,6 +373,31 @@ def _linear_cpu(x, packed, scale, zero, bias, bits):
     return y.to(dtype)
 
 
+def _integer_matmul(a, b):
+    """a [M, K] @ b [N, K].T -> int64 [M, N], exact: float32 operands that hold integers of at most 255."""
+    sums = torch.zeros(len(a), len(b), dtype=torch.int64, device=a.device)
+    for part, other in zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True):
+        sums += (part @ other.T).to(torch.int64)
+    return sums
+
+
+def _integer_linear(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, symmetric, clip):
+    if x_scale is None:
+        codes, x_scale, x_zero = reference.quantize_per_token(x, x_bits, symmetric, clip)
+    else:
+        codes = reference.quantize_with(x, x_scale, x_zero, x_bits)
+    n, groups = scale.shape
+    k = x.shape[-1]
+    middle = 2.0 ** (bits - 1) if zero is None else zero[..., None].float()
+    w = unpack(packed, bits, k).reshape(n, groups, k // groups).float() - middle
+    a = (codes - x_zero).float().reshape(-1, groups, k // groups)
+    y = a.new_zeros(len(a), n)
+    for g in range(groups):
+        y.addcmul_(_integer_matmul(a[:, g], w[:, g]).float(), scale[:, g].float())
+    y = y.reshape(*x.shape[:-1], n) * x_scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
 def _gptq_block_default(running, upper, scale, zero, group, kept, push, bits):
     _check_groups(group, scale)
     return reference.gptq_block(running, upper, scale, zero, group, kept, push, bits)
@@ -352,15 +453,31 @@ def _save_weight(ctx, inputs, output):  # noqa: ARG001, torch passes it by name
     ctx.k, ctx.x_dtype, ctx.bias_dtype = x.shape[-1], x.dtype, None if bias is None else bias.dtype
 
 
-def _linear_backward(ctx, grad):  # grad [..., N]
+def _linear_backward(ctx, grad):
+    grad_x, grad_bias = _weight_backward(ctx, grad, ctx.needs_input_grad[0], ctx.needs_input_grad[4])
+    return grad_x, None, None, None, grad_bias, None
+
+
+def _weight_backward(ctx, grad, to_x, to_bias):  # grad [..., N]
     grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
+    if to_x:
         packed, scale, zero = ctx.saved_tensors
         w = dequantize(packed, scale, zero, ctx.bits, ctx.k)  # [N, K]
         grad_x = (grad.float() @ w).to(ctx.x_dtype)
-    if ctx.needs_input_grad[4]:
+    if to_bias:
         grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None
+    return grad_x, grad_bias
+
+
+def _save_integer(ctx, inputs, output):
+    x, _x_scale, _x_zero, packed, scale, zero, bias, bits, *_ = inputs
+    _save_weight(ctx, (x, packed, scale, zero, bias, bits), output)
+
+
+def _integer_backward(ctx, grad):
+    needed = ctx.needs_input_grad
+    grad_x, grad_bias = _weight_backward(ctx, grad, needed[0], needed[6])
+    return grad_x, None, None, None, None, None, grad_bias, None, None, None, None
 
 
 _library = torch.library.Library("remanence", "DEF")
@@ -406,6 +523,21 @@ _define(
     _linear_fake,
 )
 _define(
+    "quantize_per_token(Tensor x, int bits, bool symmetric, float clip) -> (Tensor, Tensor, Tensor)",
+    _check_quantize_per_token,
+    reference.quantize_per_token,
+    reference.quantize_per_token,
+    _quantize_per_token_fake,
+)
+_define(
+    "integer_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor packed, Tensor scale, Tensor? zero, "
+    "Tensor? bias, int bits, int x_bits, bool symmetric, float clip) -> Tensor",
+    _check_integer_linear,
+    _integer_linear,
+    _integer_linear,
+    _integer_linear_fake,
+)
+_define(
     "gptq_block(Tensor running, Tensor upper, Tensor scale, Tensor? zero, Tensor group, Tensor? kept, Tensor? push, "
     "int bits) -> (Tensor, Tensor)",
     _check_gptq_block,
@@ -421,3 +553,6 @@ _define(
     _clip_error_fake,
 )
 torch.library.register_autograd("remanence::w4a16_linear", _linear_backward, setup_context=_save_weight, lib=_library)
+torch.library.register_autograd(
+    "remanence::integer_linear", _integer_backward, setup_context=_save_integer, lib=_library
+)

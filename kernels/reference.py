@@ -53,6 +53,55 @@ def w4a16_linear(
     return y.to(x.dtype)
 
 
+def quantize_per_token(
+    x: torch.Tensor, bits: int, symmetric: bool, clip: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [..., K] -> codes int8 [..., K], scale float32 [..., 1], zero int32 [..., 1]; x ~ (codes - zero) * scale."""
+    low = clip * x.float().amin(-1, keepdim=True).clamp(max=0)
+    high = clip * x.float().amax(-1, keepdim=True).clamp(min=0)
+    steps = 2**bits - 1
+    scale = torch.maximum(-low, high) / (steps / 2) if symmetric else (high - low) / steps
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.zeros_like(scale) if symmetric else -(2.0 ** (bits - 1)) - low / scale
+    zero = zero.round().nan_to_num(0).to(torch.int32)
+    return quantize_with(x, scale, zero, bits), scale, zero
+
+
+def quantize_with(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """x [..., K] on a given grid -> codes int8 [..., K]."""
+    codes = (x.float() / scale + zero).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes.nan_to_num(0).to(torch.int8)  # what is no number is carried by the scale
+
+
+def integer_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero: torch.Tensor | None,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    x_bits: int,
+    symmetric: bool,
+    clip: float,
+) -> torch.Tensor:
+    """x [..., K] rounded to integers, times the codes of w, in exact integers -> y [..., N] in x's dtype."""
+    if x_scale is None:
+        codes, x_scale, x_zero = quantize_per_token(x, x_bits, symmetric, clip)
+    else:
+        assert x_zero is not None
+        codes = quantize_with(x, x_scale, x_zero, x_bits)
+    n, groups = scale.shape
+    k = x.shape[-1]
+    middle = 2 ** (bits - 1) if zero is None else zero[..., None].long()
+    w = unpack(packed, bits, k).reshape(n, groups, k // groups).long() - middle
+    a = (codes.long() - x_zero).reshape(-1, groups, k // groups)
+    sums = (a.movedim(1, 0) @ w.movedim(1, 0).mT).movedim(0, 2)  # [M, N, G]
+    y = (sums.double() * scale.double()).sum(-1).reshape(*x.shape[:-1], n) * x_scale.double()
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
 def gptq_block(
     running: torch.Tensor,
     upper: torch.Tensor,

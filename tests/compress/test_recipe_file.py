@@ -17,6 +17,8 @@ NAMES = [
     "bnb-nf4-dq",
     "magnitude-s50",
     "rtn-w4a16+ignore=lm_head|re:.*gate",
+    "rtn-w8a8",
+    "gptq-w4a4-g64+a_symmetric=false+a_search=true+a_fallback=0.1",
 ]
 
 
@@ -52,7 +54,10 @@ def test_what_is_left_out_is_the_default():
         ("method: rtn\nbits: 4\noptions: {damp: 1}", "damp: rtn has no such knob"),
         ("method: rtn\nbits: 4\nignore: lm_head", "ignore: 'lm_head' is not a list"),
         ("method: gptq\nbits: 4\ncalibration: web:3", "calibration: 'web'"),
-        ("method: rtn\nbits: 4\nactivation_bits: 8", "activation_bits: 8 is not supported yet"),
+        ("method: rtn\nbits: 4\nactivation: {}", "activation: bits: missing"),
+        ("method: rtn\nbits: 4\nactivation: 8", "activation: 8 is not dict"),
+        ("method: rtn\nbits: 4\nactivation: {bits: 8, rotate: 1}", "activation: rotate: unknown"),
+        ("method: rtn\nbits: 4\nactivation: {bits: 8, clip: yes}", "activation: clip: True is not float"),
         ("method: magnitude", "sparsity: None does not go with magnitude"),
         ("method: magnitude\nsparsity: half", "sparsity: 'half' is not a share"),
         ("method: rtn\nbits: 4\nsparsity: 0.5", "sparsity: 0.5 does not go with rtn"),
