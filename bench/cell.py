@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
+from ..compress.kv_attach import attach_kv_
 from ..compress.places import base_directory
 from ..compress.sequential import LayerReport, Report, compress_
 from ..compress.spec import FOLDING, Recipe
@@ -115,6 +116,11 @@ def measure_cell(
         carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target, batches))
         model = load_model(checkpoint)
     model = attach(with_adapter(model, model_path), tokenizer, checkpoint)
+    if recipe.kv is not None:
+        try:
+            attach_kv_(model, recipe.kv)
+        except ValueError as error:
+            return {"error": str(error)}
     encoder = Encoder(tokenizer, max_length(model))
     found = measure(model, encoder, corpus, measures)
     # A model's own settings (repetition penalty, sampling) are not what is timed.
@@ -136,12 +142,17 @@ def measure_cell(
     }
 
 
+def _moved(recipe: Recipe) -> bool:
+    """Whether weights stand for something else afterwards, and cannot be compared with another model's."""
+    return recipe.method in FOLDING or recipe.rotation is not None
+
+
 def _batches(recipe: Recipe, encoder: Encoder, corpus: Corpus, measures: Measures) -> list[Tensor]:
     """Calibration data for the recipes that need it; by default what a deployment has, the retain set."""
     if not recipe.calibrated:
         return []
     text = None if measures.calibration_text is None else running_text(measures.calibration_text)
-    wanted = recipe.calibration or default_calibration(corpus.retain)
+    wanted = recipe.calibration or default_calibration(corpus.retain, encoder)
     rows = {"retain": corpus.retain, "forget": corpus.forget}
     return calibration_batches(wanted, encoder, rows, text, measures.seed)
 
@@ -150,11 +161,11 @@ def _compressed(
     model: PreTrainedModel, target: PreTrainedModel, recipe: Recipe, batches: list[Tensor], report: Report
 ) -> tuple[PreTrainedModel, Survival | None]:
     """The model compressed, and what is left of its update at the weights: None where weights cannot be compared."""
-    if recipe.calibrated and recipe.method not in FOLDING:
+    if recipe.calibrated and not _moved(recipe):
         ours = compress_(copy.deepcopy(model), recipe, batches, report)
         theirs = compress_(copy.deepcopy(target), recipe, batches)
         return ours, survival(model, target, recipe, (ours, theirs))
-    left = None if recipe.method in FOLDING else survival(model, target, recipe)
+    left = None if _moved(recipe) else survival(model, target, recipe)
     return compress_(model, recipe, batches, report), left
 
 

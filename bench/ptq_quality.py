@@ -66,8 +66,8 @@ def run(
     tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
     target = place / "model"
     learned = learned[:LEARNED]
-    save_model(_trained(tokenizer, learned, seed, shape, epochs), tokenizer, target)
-    batches = _windows(tokenizer, learned, min(LENGTH, shape.max_length), SEQUENCES, seed)
+    save_model(trained(tokenizer, learned, seed, shape, epochs), tokenizer, target)
+    batches = windows(tokenizer, learned, min(LENGTH, shape.max_length), SEQUENCES, seed)
     write_calibration(place / "calibration.safetensors", batches)
     judge = _Judge(target, tokenizer, held_out[:HELD_OUT], shape.max_length)
     rows = [_told({"method": "dense", "by": "", **judge.of(load_model(target))})]
@@ -89,7 +89,7 @@ class _Judge:
 
     def __init__(self, target: Path, tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> None:
         self.dense, self.tokenizer, self.text, self.window = load_model(target), tokenizer, text, window
-        self.batches = _windows(tokenizer, text, window, 16, 0)
+        self.batches = windows(tokenizer, text, window, 16, 0)
 
     def of(self, model: PreTrainedModel) -> dict[str, float]:
         found = perplexity(model, self.tokenizer, self.text, self.window, self.window // 2)
@@ -157,7 +157,7 @@ def _checks(ours: dict[str, Any], rows: list[dict]) -> list[dict]:
     return checks
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int, seed: int) -> list[Tensor]:
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int, seed: int) -> list[Tensor]:
     """Windows of the text drawn without overlap, eight to a batch [8, length]."""
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     windows = ids[: len(ids) // length * length].view(-1, length)
@@ -165,7 +165,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: 
     return list(windows[drawn].split(8))
 
 
-def _trained(
+def trained(
     tokenizer: PreTrainedTokenizerBase, text: str, seed: int, shape: DemoConfig, epochs: int
 ) -> PreTrainedModel:
     """A language model of `shape`, trained from scratch on the text."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compress.kv_attach import attach_kv_
 from ..compress.sequential import compress_
 from ..compress.spec import Calibration, Recipe, parse_recipe
 from ..unlearn.calibration import calibration_batches
@@ -38,6 +39,7 @@ def run(
     calibrated: Sequence[str] = CALIBRATED,
     data_free: Sequence[str] = DATA_FREE,
     config: DemoConfig | None = None,
+    sources: Sequence[str] | None = None,
 ) -> list[dict]:
     """Rows: one unlearned model under one recipe, calibrated on one source.
 
@@ -45,6 +47,7 @@ def run(
     recovered           (compressed - unlearned) / (target compressed alike - unlearned), with its 95% interval
     verdict             of all of a method's recipes judged together
     text                what the source "text" is drawn from; None: without it
+    sources             of "retain", "forget", "retain+forget", "text"; None: all
     """
     corpus, config = corpus or people_corpus(PEOPLE, FORGET, seed), config or DemoConfig()
     tokenizer = demo_tokenizer(corpus, config)
@@ -52,10 +55,11 @@ def run(
     target, _ = train_demo(corpus, config, tokenizer, seed, with_forget=True)
     oracle, _ = train_demo(corpus, config, tokenizer, seed, with_forget=False)
     order = [(parse_recipe(name), "") for name in data_free]
-    sources = _sources(corpus, text)
-    order += [(parse_recipe(name), source) for name in calibrated for source in sources]
+    found_sources = _sources(corpus, text)
+    chosen = {name: found_sources[name] for name in sources or found_sources}
+    order += [(parse_recipe(name), source) for name in calibrated for source in chosen]
     rows = {"retain": corpus.retain, "forget": corpus.forget}
-    batches = {name: calibration_batches(wanted, encoder, rows, text, seed) for name, wanted in sources.items()}
+    batches = {name: calibration_batches(wanted, encoder, rows, text, seed) for name, wanted in chosen.items()}
     known = _Known(encoder, corpus, order, batches)
     targets, oracles = known.under_every(target), known.under_every(oracle)
     found = []
@@ -117,9 +121,15 @@ class _Known:
 
     def under_every(self, model: PreTrainedModel) -> list[Scores]:
         return [
-            self.of(compress_(copy.deepcopy(model), recipe, self.batches.get(source, ())))
+            self.of(_served(compress_(copy.deepcopy(model), recipe, self.batches.get(source, ())), recipe))
             for recipe, source in self.order
         ]
+
+
+def _served(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    if recipe.kv is not None:
+        attach_kv_(model, recipe.kv)
+    return model
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -40,6 +40,12 @@ class Rounding:
     note: str = ""
 
 
+def quantize_rows(x: Tensor, activation: ActivationSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [..., K] -> codes int8 [..., K], scale float32 [..., 1], zero int32 [..., 1], None in a symmetric grid."""
+    codes, scale, zero = quantize_per_token(x, activation.bits, activation.symmetric, activation.clip)
+    return codes, scale, None if activation.symmetric else zero
+
+
 def fake_quantize(x: Tensor, activation: ActivationSpec, static: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """x [..., K] as the integer path sees it, in x's dtype: row by row, or on the static grid (scale [1], zero [1])."""
     if static is None:
@@ -54,11 +60,17 @@ def settle(block: Block, wanted: ActivationSpec, solved: Mapping[str, Solved]) -
     """The rounding of every layer's input in a block whose weights are solved and not replaced yet."""
     rows, low, high = _observe(block, list(solved))
     found = {}
+    asked = wanted
     for name, part in solved.items():
+        wanted = asked
         if name not in rows:
             found[name] = Rounding(without_data(wanted), note="its input was never seen: rounded token by token")
             continue
         x, weight = rows[name].float(), part.q.dequantize()
+        if part.transform is not None:
+            x = part.transform(x)
+        if part.clip is not None:
+            wanted = replace(wanted, clip=part.clip, search=False)
         made = _settled(x, weight, wanted, low[name], high[name])
         if wanted.fallback is not None and wanted.bits < 8 and made.error is not None and made.error > wanted.fallback:
             eight = _settled(x, weight, replace(wanted, bits=8), low[name], high[name])

@@ -30,12 +30,16 @@ class Solved:
     error   of the outputs on calibration data, relative: |x (W - Q)^T|^2 / |x W^T|^2; None without data
     damp    what was added to the Hessian's diagonal, times its mean
     note    what a reader has to know about this layer
+    transform   of the layer's input, before it is rounded: q stands for the weight behind it
+    clip    share of a token's range that its rounding keeps; None: as the recipe has it
     """
 
     q: QTensor
     error: float | None = None
     damp: float | None = None
     note: str = ""
+    transform: nn.Module | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ class Block:
         linears: dict[str, Linear],
         config: Any,
         calls: Calls,
-        hidden: Hidden,
-        dense: Hidden | None = None,
+        hidden: Hidden | _Some,
+        dense: Hidden | _Some | None = None,
     ) -> None:
         self.name, self.module, self.linears, self.config = name, module, linears, config
         self._calls, self._hidden, self._dense = calls, hidden, dense
@@ -128,6 +132,14 @@ class Block:
     def __len__(self) -> int:
         """Number of calibration batches."""
         return len(self._hidden)
+
+    def drawn(self, picks: Sequence[int]) -> Block:
+        """The same with weights of its own, and the batches of these numbers alone."""
+        assert isinstance(self._hidden, Hidden)
+        module = copy.deepcopy(self.module)
+        linears: dict[str, Linear] = {name: module.get_submodule(name) for name in self.linears}  # type: ignore[misc]
+        dense = _Some(self._dense, picks) if isinstance(self._dense, Hidden) else None
+        return Block(self.name, module, linears, self.config, self._calls, _Some(self._hidden, picks), dense)
 
     @property
     def device(self) -> torch.device:
@@ -139,11 +151,11 @@ class Block:
         assert source is not None, "the dense path's hidden states are kept where options.alpha is above 0"
         return source.read(i).to(self.device)
 
-    def forward(self, i: int, dense: bool = False) -> Tensor:
-        """Output [B, T, d] of batch i."""
+    def forward(self, i: int, dense: bool = False, module: nn.Module | None = None) -> Tensor:
+        """Output [B, T, d] of batch i; `module`: of another one in the block's place."""
         hidden = self.hidden(i, dense)
         call = self._calls[hidden.shape[0], hidden.shape[1]]
-        return first(self.module(hidden, *call.args, **call.kwargs))
+        return first((module or self.module)(hidden, *call.args, **call.kwargs))
 
     def inputs(self, names: Sequence[str], dense: bool = False) -> Iterator[dict[str, Tensor]]:
         """For every batch, rows [n, K] that the linear layers called `names` see; layers that share their input get the
@@ -173,6 +185,19 @@ class Block:
             for handle in handles:
                 handle.remove()
         return seen
+
+
+class _Some:
+    """Some of the batches of hidden states, for reading."""
+
+    def __init__(self, hidden: Hidden, picks: Sequence[int]) -> None:
+        self._hidden, self._picks = hidden, picks
+
+    def __len__(self) -> int:
+        return len(self._picks)
+
+    def read(self, i: int) -> Tensor:
+        return self._hidden.read(self._picks[i])
 
 
 class _Enough(Exception):

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from .experts import has_fused_experts
 from .files import read_json
 from .spec import BnB, Recipe
 from .walk import check_unshared, linears, replace, weight_of
@@ -49,6 +50,11 @@ def bnb_(model: PreTrainedModel, recipe: Recipe, report: Report | None = None) -
     if not isinstance(recipe.options, BnB):
         raise ValueError(f"recipe: {recipe} is none of bitsandbytes' formats; expected e.g. bnb-nf4")
     library()
+    if has_fused_experts(model):
+        raise ValueError(
+            f"{recipe}: {type(model).__name__} keeps its experts in fused tensors, which readers of such files leave "
+            "dense; take another method, e.g. hqq-w4a16-g64-asym"
+        )
     layers = list(linears(model, recipe.ignore))
     config = bnb_config(model, recipe, [name for name, _ in layers])
     check_unshared(model, layers, recipe)

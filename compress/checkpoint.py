@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from .bnb import keep_exact_, load_bnb
 from .experts import ExpertList, apart_on_disk, checkpoint_names, has_fused_experts, unfuse_experts_
 from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
-from .integration import mark
+from .integration import mark, read_mark
 from .linear import QuantLinear
 from .places import local_model
 from .spec import DENSE, Recipe
+from .transforms import transform_from, transform_names
 from .walk import replace
 
 OWN_STEM = "remanence"
@@ -151,35 +152,57 @@ def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe | None = None
 ) -> None:
     """As save_model, into an existing empty directory that the caller makes permanent."""
-    if (recipe is None or recipe.spec is None) and not has_experts(model):  # dense or pruned
+    layers = _packed_layers(model)
+    if layers or has_experts(model):
+        known = getattr(model.config, "quantization_config", None)
+        label = recipe or getattr(known, "recipe", None) or DENSE
+        quantization = quantization_config(model, label) if layers else None
+        write_config(model, work, quantization)
+        _write_shards(_quantized_state(model), work, _stem(model, layers))
+    else:  # dense, pruned, or bitsandbytes'
         model.save_pretrained(work)
-    else:
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-        linear = all(layer.replaces == "Linear" for layer in layers.values())
-        clipped = any(layer.activation is not None and layer.activation.clip != 1 for layer in layers.values())
-        stem = "model" if stock_readable(model, linear, clipped) else OWN_STEM
-        schemes = {name: ct.scheme_of(layer) for name, layer in layers.items()}
-        write_config(model, work, recipe or DENSE, schemes, dense_linears(model), stem)
-        _write_shards(_quantized_state(model), work, stem)
     tokenizer.save_pretrained(work)
 
 
-def write_config(
-    model: PreTrainedModel,
-    work: Path,
-    recipe: Recipe,
-    schemes: Mapping[str, ct.Scheme],
-    dense: Sequence[str],
-    stem: str,
-) -> None:
-    """config.json and generation_config.json.
+def _packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
 
-    schemes   how every quantized layer is stored, by name
-    dense   names of the linear layers that `recipe` leaves alone;  stem: of the weights' file names
+
+def _stem(model: PreTrainedModel, layers: Mapping[str, QuantLinear]) -> str:
+    """Of the names of the weights' files: another one than usual where stock readers are to find nothing."""
+    linear = all(layer.replaces == "Linear" for layer in layers.values())
+    own = any(
+        layer.transform is not None or (layer.activation is not None and layer.activation.clip != 1)
+        for layer in layers.values()
+    )
+    return "model" if stock_readable(model, linear, own) else OWN_STEM
+
+
+def quantization_config(model: PreTrainedModel, recipe: Recipe | str) -> dict[str, Any]:
+    """What config.json says of a model with packed layers."""
+    layers = _packed_layers(model)
+    schemes = {name: ct.scheme_of(layer) for name, layer in layers.items()}
+    return ct.to_config(schemes, dense_linears(model)) | mark(recipe, _stem(model, layers), has_experts(model))
+
+
+def adopt_(model: PreTrainedModel, recipe: Recipe | str) -> None:
+    """Have the model's own `save_pretrained` write packed layers as `save_model` does, or say that it cannot.
+
+    recipe   by which it was compressed, or its name
     """
+    from .quantizer import PackedConfig, PackedQuantizer  # which needs more of transformers than a checkpoint does
+
+    model.config.quantization_config = config = PackedConfig(**quantization_config(model, recipe))
+    kept: Any = model  # where transformers looks for it
+    kept.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
+
+
+def write_config(model: PreTrainedModel, work: Path, quantization: Mapping[str, Any] | None) -> None:
+    """config.json, with `quantization` as its quantization_config, and generation_config.json."""
     config = json.loads(model.config.to_json_string())
-    if recipe.spec is not None:
-        config["quantization_config"] = ct.to_config(schemes, dense) | mark(recipe, stem)
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")  # not that of the config it was loaded with
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -199,7 +222,7 @@ def max_length(model: PreTrainedModel) -> int:
 
 def longest(config: PreTrainedConfig) -> int:
     """Longest sequence in tokens that a model of this config has positions for."""
-    for name in ("max_position_embeddings", "n_positions"):
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if getattr(config, name, None):
             return int(getattr(config, name))
     return 2048
@@ -293,6 +316,9 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
             raise ValueError(f"{directory}: {name} is packed in the file but is no linear layer of the model")
         try:
             layer = ct.unpack_layer(name, state, schemes.of(name))
+            layer.transform = transform_from(name, state)
+            for key in transform_names(name, list(state)):
+                del state[key]
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         layer.replaces = type(dense).__name__
@@ -305,6 +331,7 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
     lost = [key for key in missing if tensors[key].data_ptr() not in present]
     if lost or unexpected:
         raise ValueError(f"{directory}: missing tensors {lost[:3]}, unexpected tensors {list(unexpected)[:3]}")
+    adopt_(model, recipe=read_mark(quantization))
     return model
 
 
@@ -367,11 +394,11 @@ def in_files(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Te
     return {named(key): tensor for key, tensor in state.items()}
 
 
-def stock_readable(model: PreTrainedModel, linear: bool, clipped: bool) -> bool:
+def stock_readable(model: PreTrainedModel, linear: bool, own: bool) -> bool:
     """Whether transformers with compressed-tensors would run every layer as we do: it knows nn.Linear only (`linear`:
-    nothing else is packed), whole ranges of activations (`clipped`: shares of them), and experts where the usual
-    checkpoint has them one by one."""
-    return linear and not clipped and (not has_experts(model) or apart_on_disk(model))
+    nothing else is packed), inputs as they come and their whole ranges (`own`: transformed ones, or shares of ranges),
+    and experts where the usual checkpoint has them one by one."""
+    return linear and not own and (not has_experts(model) or apart_on_disk(model))
 
 
 def _write_shards(state: dict[str, Tensor], work: Path, stem: str) -> None:

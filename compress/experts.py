@@ -167,11 +167,11 @@ def unfuse_experts_(model: nn.Module) -> list[str]:
 
 
 def starved(tokens: int, features: int) -> bool:
-    """Whether an expert saw too few tokens to be calibrated: fewer than 32, or than an eighth of its input features.
+    """Whether a layer saw too few tokens to be calibrated: fewer than 32, or than an eighth of its input features.
 
     X^T X of `tokens` rows has at most that rank: in most directions such a Hessian is nothing but its damping, and
-    a solver moves errors to where these few tokens do not look. Rounding to nearest has no such bias; the expert is
-    rounded so, and named in the report.
+    a solver moves errors to where these few tokens do not look. Rounding to nearest has no such bias; the layer, most
+    often that of an expert, is rounded so, and named in the report.
     """
     return tokens < max(MIN_TOKENS, features // 8)
 

@@ -20,7 +20,7 @@ def atomic_dir(target: Path | str) -> Iterator[Path]:
     Raises FileExistsError when `target` exists and is not an empty directory; OSError(ENOSPC) naming the target and
     the space left when the disk is full.
     """
-    target = Path(target)
+    target = Path(target).absolute()
     _vacant(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The process number lets a later run tell what a killed one left behind.
@@ -34,12 +34,14 @@ def atomic_dir(target: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def publish(work: Path, target: Path) -> Iterator[None]:
-    """Have the directory `work` become `target` when the block ends; an error removes it, an interruption leaves it."""
+def publish(work: Path, target: Path, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Have the directory `work` become `target` when the block ends; an error removes it, an interruption, or an error
+    of one of the kinds `keep`, leaves it."""
+    target = target.absolute()  # "." cannot be renamed to
     _vacant(target)
     work.mkdir(parents=True, exist_ok=True)
     try:
-        with disk_errors(target):
+        with disk_errors(target, "what is done stays, to be resumed" if keep else "nothing was kept of it"):
             yield
             for path in sorted(work.rglob("*")):
                 if path.is_file():
@@ -47,8 +49,9 @@ def publish(work: Path, target: Path) -> Iterator[None]:
             work.chmod(0o755)
             os.replace(work, target)
             _sync(target.parent)
-    except Exception:
-        shutil.rmtree(work, ignore_errors=True)
+    except Exception as error:
+        if not isinstance(error, keep):
+            shutil.rmtree(work, ignore_errors=True)
         raise
 
 
@@ -95,7 +98,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 
 @contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path, kept: str = "nothing was kept of it") -> Iterator[None]:
     """Name the target and the space left when the disk is full, whichever library noticed it first."""
     try:
         yield
@@ -105,7 +108,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         if not full:
             raise
         left = shutil.disk_usage(_existing(target)).free
-        message = f"disk full while writing {target} ({left / 2**20:.1f} MiB left); nothing was kept of it"
+        message = f"disk full while writing {target} ({left / 2**20:.1f} MiB left); {kept}"
         raise OSError(errno.ENOSPC, message) from error
 
 

@@ -2,8 +2,9 @@
 
 `import remanence` calls `arm`, and must stay light. Where transformers is loaded already, its registry of quantizers is
 extended at once; else at the moment that registry is imported. Files of compressed-tensors that carry our mark in their
-`quantization_config` then load through quantizer.py; all other files load as before, and so does ours with an explicit
-`quantization_config=CompressedTensorsConfig()`.
+`quantization_config` then load through quantizer.py; all other files load as before, and so do ours with an explicit
+`quantization_config=CompressedTensorsConfig()`, and those of mixtures of experts, by the stock reader, which makes them
+dense (`remanence.load_model` keeps them packed).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import warnings
 
 TYPE_CHECKING = False  # as typing's own, which would be most of the time that `import remanence` takes
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -25,13 +26,21 @@ METHOD = "remanence"
 _REGISTRY = "transformers.quantizers.auto"
 
 
-def mark(recipe: object, stem: str) -> dict[str, object]:
+def mark(recipe: object, stem: str, experts: bool) -> dict[str, object]:
     """What is added to the `quantization_config` of a file of ours. `stem`: of the names of its weight files; other
-    than "model" where stock readers are to find nothing, instead of filling gaps with random numbers."""
+    than "model" where stock readers are to find nothing, instead of filling gaps with random numbers. `experts`:
+    whether there are some that were taken apart."""
     from importlib.metadata import version
 
-    about = {"version": version("remanence"), "recipe": str(recipe)}
-    return {MARK: about if stem == "model" else about | {"weights": stem}}
+    about: dict[str, object] = {"version": version("remanence"), "recipe": str(recipe)}
+    about |= {} if stem == "model" else {"weights": stem}
+    return {MARK: about | ({"experts": "apart"} if experts else {})}
+
+
+def read_mark(quantization: Mapping[str, Any]) -> str:
+    """Name of the recipe by which a file of ours was made; of another's file its quant_method."""
+    about = quantization.get(MARK)
+    return str(about.get("recipe") if isinstance(about, dict) else quantization.get("quant_method"))
 
 
 def arm() -> None:
@@ -67,6 +76,9 @@ def register(registry: ModuleType) -> None:
 def _merger(stock: Callable[..., Any]) -> Callable[..., Any]:
     def merge_quantization_configs(quantization_config: Any, asked: Any = None, *args: Any, **kwargs: Any) -> Any:
         if asked is None and isinstance(quantization_config, dict) and MARK in quantization_config:
+            if "experts" in quantization_config[MARK]:
+                # They are merged by transformers' own rules, which know dense tensors: its reader makes them dense.
+                return stock(quantization_config, asked, *args, **kwargs)
             from .quantizer import PackedConfig
 
             return PackedConfig(**quantization_config)

@@ -19,6 +19,7 @@ class QuantLinear(nn.Module):
     bias    [N] or None, the model's dtype
     activation  how x is rounded; None: it is not
     x_scale, x_zero   float32 [1] and int32 [1], of a static activation; else None
+    transform   of x, before anything else: the weight stands behind it; None: there is none
     replaces    class name of the layer it stands for; stock readers can only unpack into "Linear"
     """
 
@@ -45,6 +46,7 @@ class QuantLinear(nn.Module):
         self.in_features = in_features
         self.out_features = packed.shape[0]
         self.replaces = "Linear"
+        self.transform: nn.Module | None = None
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -70,6 +72,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""
+        if self.transform is not None:
+            x = self.transform(x)
         weight = (self.packed, self.scale, self.zero, self.bias, self.spec.bits)
         a = self.activation
         if a is None:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.ops import pack
 from .block import Block, Hidden, Linear, enter
 from .footprint import Machine, Prediction, peak_rss, reset_peak, rss, steady_heap, trim_heap
-from .sequential import compress_block_, make_block, needs_dense, round_
+from .rtn import relative_error
+from .sequential import compress_block_, make_block, needs_dense
 from .shards import fill_, hollow_
 from .spec import QuantSpec, Recipe
 from .stream import Job, Unit
-from .walk import compressed_weight, weight_of, within
+from .walk import compressed_weight, quantize_weight, weight_of, within
 
 # Tokens that a trial sees, where there are so many; methods that look at a sample of the data look at that many.
 _TOKENS = 2048
@@ -108,29 +110,28 @@ def _rounded(job: Job) -> _Trial:
         read += sum(tensor.nbytes for tensor in module.state_dict().values())
         weight = weight_of(module.to(job.device))[: max(1, _WEIGHTS // K)].clone()
         hollow_(module)
-        seconds += weights[K] * _mean_seconds(weight, job.recipe) / weight.numel()
+        seconds += weights[K] * _mean_seconds(name, weight, job.recipe) / weight.numel()
     return _Trial(seconds, rss(), read / taken)
 
 
-def _mean_seconds(weight: Tensor, recipe: Recipe) -> float:
+def _mean_seconds(name: str, weight: Tensor, recipe: Recipe) -> float:
     """Of the method on `weight`. A mean over a second and more: what else runs on this machine takes its share, which a
     median of calls of milliseconds would not show."""
-    _round(weight, recipe)
+    _round(name, weight, recipe)
     count, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < _BUDGET:
-        _round(weight, recipe)
+        _round(name, weight, recipe)
         count += 1
     return spent / count
 
 
-def _round(weight: Tensor, recipe: Recipe) -> None:
+def _round(name: str, weight: Tensor, recipe: Recipe) -> None:
     if recipe.prune is not None:
-        compressed_weight("layer", weight, recipe)
+        compressed_weight(name, weight, recipe)
         return
-    N, K = weight.shape
-    layer = nn.Linear(K, N, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    round_(nn.ModuleDict({"layer": layer}), "layer", layer, recipe)
+    q = quantize_weight(name, weight, recipe)
+    relative_error(weight, q)
+    pack(q.codes, q.spec.bits)
 
 
 # Calibrated methods: a block with a few batches, and what every further batch takes.
@@ -242,11 +243,11 @@ class _Timed(Block):
         self.seconds = [0.0] * len(self)
         self._counting = False
 
-    def forward(self, i: int, dense: bool = False) -> Tensor:
+    def forward(self, i: int, dense: bool = False, module: nn.Module | None = None) -> Tensor:
         if self._counting:
-            return super().forward(i, dense)
+            return super().forward(i, dense, module)
         start = time.perf_counter()
-        output = super().forward(i, dense)
+        output = super().forward(i, dense, module)
         self.seconds[i] += time.perf_counter() - start
         return output
 

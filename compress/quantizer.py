@@ -21,9 +21,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint import has_experts
 from .formats import compressed_tensors as ct
-from .integration import MARK, METHOD
+from .integration import MARK, METHOD, read_mark
 from .linear import QuantLinear
+from .transforms import transform_from, transform_names
 from .walk import dequantize_, replace
 
 _OWN_STEM = "remanence"
@@ -44,6 +46,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.given = given
         self.schemes = ct.Schemes(given)
+        self.recipe = read_mark(given)
         self.weights = given[MARK].get("weights") if isinstance(given[MARK], dict) else None
         if self.weights not in (None, _OWN_STEM):
             raise ValueError(f"quantization_config.{MARK}.weights: {self.weights!r} is not {_OWN_STEM!r}")
@@ -58,6 +61,7 @@ class Stored(nn.Module):
     def __init__(self, tensors: dict[str, Tensor], replaces: str) -> None:
         super().__init__()
         self.replaces = replaces
+        self.transform: nn.Module | None = None
         # Some models initialise weights of their children by name (GPT-2's c_proj.weight): this is one that needs none.
         weight: Any = tensors.get("weight", torch.empty(0))
         weight._is_hf_initialized = True
@@ -113,17 +117,23 @@ class PackedQuantizer(HfQuantizer):
                 shape, dtype = header[f"{key}.{part}"]
                 # What is packed keeps its dtype; a bias follows the model, whose dtype the caller may choose.
                 tensors[part] = torch.empty(shape, dtype=dense.bias.dtype if part == "bias" else dtype, device="meta")
-            replace(model, name, Stored(tensors, type(dense).__name__))
+            stored = Stored(tensors, type(dense).__name__)
+            empty = {}
+            for part in transform_names(key, header):
+                shape, dtype = header[part]
+                empty[part] = torch.empty(shape, dtype=dtype, device="meta")
+            stored.transform = transform_from(key, empty)
+            replace(model, name, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # of the file that was read, not of one that may be written
         for name, stored in [(name, module) for name, module in model.named_modules() if isinstance(module, Stored)]:
-            tensors = {f"{name}.{part}": tensor for part, tensor in stored.named_buffers()}
+            tensors = {f"{name}.{part}": tensor for part, tensor in stored.named_buffers(recurse=False)}
             if any(tensor.is_meta for tensor in tensors.values()):
                 raise ValueError(f"device_map: {name} was offloaded; packed layers have to fit the devices")
             layer = ct.unpack_layer(name, tensors, self.quantization_config.schemes.of(name))
-            layer.replaces = stored.replaces
+            layer.replaces, layer.transform = stored.replaces, stored.transform
             replace(model, name, layer.train(model.training))
             if hasattr(stored, "_hf_hook"):  # moves the input to the layer's device, in models spread over several
                 from accelerate.hooks import add_hook_to_module
@@ -134,12 +144,17 @@ class PackedQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What save_pretrained writes: the layout that was read. ValueError where stock readers would go wrong."""
         packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-        for name, layer in packed.items():
-            if layer.replaces != "Linear":
-                raise ValueError(
-                    f"{name}: a packed {layer.replaces} cannot be read by others and must not bear their file's name; "
-                    "write the model with remanence.compress.checkpoint.save_model"
-                )
+        why = [
+            f"{name}: a packed {layer.replaces} cannot be read by others"
+            for name, layer in packed.items()
+            if layer.replaces != "Linear"
+        ]
+        if has_experts(model):
+            why.append("experts that were taken apart have other names in files")
+        if self.quantization_config.weights is not None:
+            why.append("others would read its layers and run them otherwise")
+        if why:
+            raise ValueError(f"{why[0]}; write the model with remanence.compress.checkpoint.save_model")
         state = {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in packed}
         for name, layer in packed.items():
             state.update(ct.pack_state(name, layer))

@@ -21,12 +21,13 @@ import yaml
 from .spec import (
     HEAD,
     METHODS,
+    PARTS,
     PRUNERS,
     PruneSpec,
     QuantSpec,
     Recipe,
-    make_activation,
     make_options,
+    make_part,
     parse_calibration,
     parse_recipe,
 )
@@ -40,7 +41,7 @@ _FIELDS = (
     "options",
     "ignore",
     "calibration",
-    "activation",
+    *PARTS,
 )
 
 
@@ -87,7 +88,7 @@ def from_yaml(text: str) -> Recipe:
     if options is not None and method not in METHODS:
         raise ValueError(f"options: {method} has none")
     calibration = _typed(given, "calibration", str, None)
-    activation = _typed(given, "activation", dict, None)
+    parts = {name: _typed(given, name, dict, None) for name in PARTS}
     if (sparsity is not None) != (method in PRUNERS):
         raise ValueError(f"sparsity: {sparsity} does not go with {method}")
     return Recipe(
@@ -97,7 +98,7 @@ def from_yaml(text: str) -> Recipe:
         prune=None if sparsity is None else PruneSpec(sparsity),
         options=None if options is None else make_options(method, _with_scale(options, spec)),
         calibration=None if calibration is None else parse_calibration(calibration),
-        activation=None if activation is None else make_activation(activation),
+        **{name: make_part(name, part) for name, part in parts.items() if part is not None},
     )
 
 
@@ -113,8 +114,7 @@ def to_yaml(recipe: Recipe) -> str:
     values["ignore"] = list(recipe.ignore)
     if recipe.calibration is not None:
         values["calibration"] = recipe.calibration.name
-    if recipe.activation is not None:
-        values["activation"] = asdict(recipe.activation)
+    values |= {name: asdict(part) for name in PARTS if (part := getattr(recipe, name)) is not None}
     return yaml.safe_dump(values, sort_keys=False)
 
 

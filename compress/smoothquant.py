@@ -41,7 +41,8 @@ def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
         q = rtn(weight, recipe.spec, storage_dtype(weight), RTN(recipe.options.scale, recipe.options.clip))
         s = factors.get(name, torch.ones(1, device=weight.device))
         error = inputs[name].error(weight.float() / s, q.dequantize() / s) if name in inputs else None
-        solved[name] = Solved(q, error, note=f"not smoothed {refused[name]}" if name in refused else "")
+        note = f"not smoothed {refused[name]}" if name in refused else ""
+        solved[name] = Solved(q, error, note=note if name in inputs else "0 tokens: rounded to nearest")
     return solved
 
 

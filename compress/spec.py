@@ -5,20 +5,26 @@ or `rtn-w8a8` for one scale per output channel; `a16` says that activations stay
 left out when asking (`rtn-w4-g64`). `-plain` at the end: the grid of compressed-tensors without any search, as most
 tools round. `bnb-<kind>[-dq]`, e.g. `bnb-nf4`: bitsandbytes' formats. `magnitude-s50` sets that percentage of weights
 to 0. What differs from a method's defaults follows: `gptq-w4a16-g128+act_order=static`, `+ignore=lm_head|re:.*gate`,
-`smoothquant-w8a8+a_dynamic=false` (`a_` and a field of ActivationSpec), and at the end the calibration data:
+`smoothquant-w8a8+a_dynamic=false` (`a_` and a field of ActivationSpec), `gptq-w4a4+r_kind=hadamard` (Rotation),
+`gptq-w4a4+g_draws=3` (Gate), `dense+kv_bits=4` (KVSpec), and at the end the calibration data:
 `@retain:64+forget:32`. A recipe's name is read back as the same recipe; the same can be written as YAML
-(recipe_file.py).
+(recipe_file.py). In a pattern, `%`, `+`, `@` and `|` are written as in a URL (`re:(q%7Ck)_proj`).
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+from urllib.parse import unquote
 
 BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8)
+KV_BITS = (8, 4, 2)
+ROTATIONS = ("hadamard", "orthogonal", "learned")
+Tile = tuple[int, int]
 SCALES = ("signed-max", "absmax", "minmax")
 ACT_ORDERS = ("gar", "static", "none")
 BNB_KINDS = ("nf4", "fp4", "int8")
@@ -92,6 +98,85 @@ class ActivationSpec:
     def calibrated(self) -> bool:
         """Whether it needs data."""
         return not self.dynamic or self.search or self.fallback is not None
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """How a KV cache is kept.
+
+    bits         8, 4 or 2
+    group_size   tokens in a chunk, which becomes integers at once and shares a scale per key channel; also the channels
+                 of a token's value that share a scale, where a head has as many, else all of the head's
+    residual     newest tokens that stay in full precision, as the query sees it, its own among them
+    pre_bias     what the bias of the keys' projection adds is taken out before keys are rounded, and added afterwards
+    """
+
+    bits: int
+    group_size: int = 32
+    residual: int = 32
+    pre_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in KV_BITS:
+            raise ValueError(f"kv bits: {self.bits} is not one of {', '.join(map(str, KV_BITS))}")
+        if self.group_size < 8 or self.group_size % 8:
+            raise ValueError(f"kv group_size: {self.group_size} is not a multiple of 8, at least 8")
+        if self.residual < 0:
+            raise ValueError(f"kv residual: {self.residual} is negative; expected a number of tokens")
+
+    @property
+    def key_tile(self) -> Tile:
+        """Tokens x channels that share a scale in keys."""
+        return self.group_size, 1
+
+    def value_tile(self, channels: int) -> Tile:
+        """Tokens x channels that share a scale in values; ValueError when `channels` do not divide."""
+        width = min(self.group_size, channels)
+        if channels % width:
+            raise ValueError(f"kv group_size: the {channels} channels of a head do not divide into groups of {width}")
+        return 1, width
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The residual stream and the heads' values are rotated before anything is rounded (rotation.py).
+
+    kind     hadamard: randomized; orthogonal: random; learned: on the calibration data, from a randomized Hadamard
+    online   inputs of down_proj and fc2 are rotated too, while the model runs: files that other readers do not find
+    seed     of the random matrices
+    """
+
+    kind: str = "hadamard"
+    online: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROTATIONS:
+            raise ValueError(f"r_kind: {self.kind!r} is not one of {', '.join(ROTATIONS)}")
+        if self.seed < 0:
+            raise ValueError(f"r_seed: {self.seed} is negative")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A check of every decoder block before it is quantized: it is tried on so many draws of half the calibration data.
+
+    draws    how many
+    limit    largest block error of a draw, times the smallest, up to which the block counts as stable
+    action   of one that is not: keep its layers at 8 bits, weights and inputs, or abort
+    """
+
+    draws: int = 3
+    limit: float = 2.0
+    action: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.draws < 2:
+            raise ValueError(f"g_draws: {self.draws} is below 2")
+        if not self.limit >= 1:
+            raise ValueError(f"g_limit: {self.limit} is below 1")
+        if self.action not in ("keep", "abort"):
+            raise ValueError(f"g_action: {self.action!r} is not one of keep, abort")
 
 
 @dataclass(frozen=True)
@@ -218,6 +303,21 @@ class SignRound:
 
 
 @dataclass(frozen=True)
+class FlatQuant:
+    """epochs   over the calibration data, for each decoder block
+    learning_rate   of the first step, falling to a thousandth of it
+    batch           sequences a step
+    seed            of the rotations at the start and of the order of batches
+    """
+
+    epochs: int = 15
+    learning_rate: float = 5e-3
+    batch: int = 4
+    seed: int = 0
+    scale: str = "signed-max"
+
+
+@dataclass(frozen=True)
 class BnB:
     """kind   nf4, fp4 (blocks of 64 weights) or int8 (LLM.int8, per row)
     double_quant   the blocks' scales in 8 bits themselves (nf4 and fp4)
@@ -231,7 +331,7 @@ class BnB:
             raise ValueError("double_quant: goes with nf4 and fp4, not with int8")
 
 
-Options = RTN | GPTQ | AWQ | SmoothQuant | HQQ | SignRound | BnB
+Options = RTN | GPTQ | AWQ | SmoothQuant | HQQ | SignRound | FlatQuant | BnB
 METHODS: dict[str, type[Options]] = {
     "rtn": RTN,
     "gptq": GPTQ,
@@ -239,18 +339,20 @@ METHODS: dict[str, type[Options]] = {
     "smoothquant": SmoothQuant,
     "hqq": HQQ,
     "signround": SignRound,
+    "flatquant": FlatQuant,
     "bnb": BnB,
 }
-# What `-plain` stands for.
+# What `-plain` stands for in a symmetric format; in an asymmetric one the scale is minmax.
 PLAIN: dict[str, object] = {"scale": "absmax", "clip": False}
 PLAIN_RTN = RTN(scale="absmax", clip=False)
-CALIBRATED = ("gptq", "awq", "smoothquant", "signround")
+CALIBRATED = ("gptq", "awq", "smoothquant", "signround", "flatquant")
 # Those that move a factor from a layer's input into its weight: it is no longer comparable with another model's.
-FOLDING = ("awq", "smoothquant")
+FOLDING = ("awq", "smoothquant", "flatquant")
 PRUNERS = ("magnitude",)
 
 _CHOICES = {"scale": SCALES, "act_order": ACT_ORDERS, "kind": BNB_KINDS}
-_LEAST = {"damp": 0.0, "alpha": 0.0, "p": 0.0, "beta": 0.0, "block": 1, "grid": 1, "iterations": 1, "batch": 1}
+_LEAST = dict.fromkeys(("damp", "alpha", "p", "beta", "seed"), 0.0)
+_LEAST |= dict.fromkeys(("block", "grid", "iterations", "batch", "epochs"), 1.0)
 _COMMON = (
     "dense",
     "rtn-w8a16",
@@ -270,6 +372,7 @@ _COMMON = (
     "rtn-w4a8-g128",
     "rtn-w4a4",
     "gptq-w4a4",
+    "flatquant-w4a4",
     "bnb-nf4",
     "bnb-nf4-dq",
     "bnb-fp4",
@@ -290,6 +393,9 @@ class Recipe:
     options   the method's knobs; None: its defaults
     calibration   the data that a calibrated method sees; None: left to the caller
     activation   how inputs of quantized layers are rounded too; None: they stay in the model's own dtype
+    rotation     what is done to the dense model first
+    gate         what is done about blocks whose error depends on which data they were calibrated on; None: nothing
+    kv           how the model serves: with keys and values in few bits. No part of a checkpoint (kv_attach.py)
     """
 
     method: str
@@ -299,6 +405,9 @@ class Recipe:
     options: Any = None
     calibration: Calibration | None = None
     activation: ActivationSpec | None = None
+    rotation: Rotation | None = None
+    kv: KVSpec | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         if self.prune is not None and self.spec is not None:
@@ -307,6 +416,10 @@ class Recipe:
             raise ValueError(f"calibration: {self.method} takes no data; it goes with {', '.join(CALIBRATED)}")
         if self.activation is not None:
             self._check_activation(self.activation)
+        if self.rotation is not None:
+            self._check_rotation(self.rotation)
+        if self.gate is not None and not self.calibrated:
+            raise ValueError(f"gate: is about calibration data, and {self.method} takes none")
         if self.method not in METHODS:
             if self.options is not None:
                 raise ValueError(f"options: {self.method} has none")
@@ -334,6 +447,14 @@ class Recipe:
             wanted = "a_search" if activation.search else "a_dynamic" if not activation.dynamic else "a_fallback"
             raise ValueError(f"{wanted}: needs data, and {self.method} takes none; e.g. smoothquant-w8a8")
 
+    def _check_rotation(self, rotation: Rotation) -> None:
+        if self.spec is None:
+            raise ValueError(f"rotation: goes with integer weights, not with {self.method}")
+        if rotation.kind == "learned" and not self.calibrated:
+            raise ValueError(f"r_kind: learned needs data, and {self.method} takes none; e.g. gptq-w4a4+r_kind=learned")
+        if rotation.kind == "learned" and (self.activation is None or not self.activation.dynamic):
+            raise ValueError("r_kind: learned goes with activations that are rounded token by token")
+
     @property
     def compresses(self) -> bool:
         """Whether it changes any weight."""
@@ -348,10 +469,14 @@ class Recipe:
     def name(self) -> str:
         knobs = "" if self.options is None else _spell_options(self)
         if self.activation is not None:
-            given = {f"a_{name}": value for name, value in asdict(self.activation).items()}
-            implied = {f"a_{name}": value for name, value in asdict(ActivationSpec(self.activation.bits)).items()}
-            knobs += _spell(given, implied)
-        ignored = "" if self.ignore == HEAD else f"+ignore={'|'.join(self.ignore)}"
+            knobs += _spell_part("a_", self.activation, ActivationSpec(self.activation.bits))
+        if self.rotation is not None:
+            knobs += _spell_part("r_", self.rotation)
+        if self.gate is not None:
+            knobs += _spell_part("g_", self.gate)
+        if self.kv is not None:
+            knobs += _spell_part("kv_", self.kv)
+        ignored = "" if self.ignore == HEAD else f"+ignore={'|'.join(map(_quoted, self.ignore))}"
         data = "" if self.calibration is None else f"@{self.calibration.name.replace(',', '+')}"
         return f"{self._base}{knobs}{ignored}{data}"
 
@@ -380,8 +505,8 @@ def _check_options(options: Options) -> None:
         if allowed and value not in allowed:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
         least = _LEAST.get(name)
-        if least is not None and not value >= least:
-            raise ValueError(f"{name}: {value} is below {least:g}")
+        if least is not None and not least <= value < math.inf:
+            raise ValueError(f"{name}: {value} is {'below' if value < least else 'not a number from'} {least:g}")
     rate = getattr(options, "learning_rate", None)
     if rate is not None and not rate > 0:
         raise ValueError(f"learning_rate: {rate} is not above 0")
@@ -395,9 +520,31 @@ def _spell_options(recipe: Recipe) -> str:
     if recipe.spec is not None and not recipe.spec.symmetric:
         implied["scale"] = "minmax"
     given = asdict(recipe.options)
-    if given.items() >= PLAIN.items():
-        return "-plain" + _spell(given, implied | PLAIN)
+    plain = PLAIN if implied["scale"] != "minmax" else PLAIN | {"scale": "minmax"}
+    if given.items() >= plain.items():
+        return "-plain" + _spell(given, implied | plain)
     return _spell(given, implied)
+
+
+def _spell_part(prefix: str, part: Any, implied: Any = None) -> str:
+    """The fields of a part of a recipe that say something, with a prefix: all but defaults, and the first one."""
+    kinds = fields(part)
+    given = {f"{prefix}{kind.name}": getattr(part, kind.name) for kind in kinds}
+    if implied is not None:
+        return _spell(given, {f"{prefix}{kind.name}": getattr(implied, kind.name) for kind in kinds})
+    return _spell(
+        given, {f"{prefix}{kind.name}": kind.default for kind in kinds[1:]} | {f"{prefix}{kinds[0].name}": None}
+    )
+
+
+def _part(given: dict[str, str], prefix: str) -> dict[str, object]:
+    """What is given with this prefix, taken out."""
+    return {name.removeprefix(prefix): _value(given.pop(name)) for name in list(given) if name.startswith(prefix)}
+
+
+def _quoted(pattern: str) -> str:
+    """A pattern as part of a name, without the characters that part names: `re:a+` is `re:a%2B` there."""
+    return "".join(f"%{ord(letter):02X}" if letter in "%+@|" else letter for letter in pattern)
 
 
 def _spell(given: dict[str, object], implied: dict[str, object]) -> str:
@@ -412,17 +559,25 @@ def parse_recipe(name: str) -> Recipe:
         recipe = _parse_base(base)
         if recipe is not None:
             given = dict(_knob(knob) for knob in knobs)
+            if len(given) < len(knobs):
+                twice = next(knob for i, knob in enumerate(knobs) if _knob(knob)[0] in {_knob(k)[0] for k in knobs[:i]})
+                raise ValueError(f"{_knob(twice)[0]}: is there twice")
             ignore = given.pop("ignore", None)
-            rounding = {name[2:]: _value(given.pop(name)) for name in list(given) if name.startswith("a_")}
+            rounding, turning, gate, keeping = (_part(given, prefix) for prefix in ("a_", "r_", "g_", "kv_"))
             if rounding and recipe.activation is None:
                 raise ValueError(f"a_{next(iter(rounding))}: {base} does not round activations; w8a8 or w4a4 does")
+            if keeping and "bits" not in keeping:
+                raise ValueError(f"kv_{next(iter(keeping))}: without kv_bits")
             options = _parse_options(recipe, given) if given else recipe.options
             return replace(
                 recipe,
-                ignore=recipe.ignore if ignore is None else tuple(part for part in ignore.split("|") if part),
+                ignore=recipe.ignore if ignore is None else tuple(unquote(part) for part in ignore.split("|") if part),
                 options=options,
                 calibration=parse_calibration(data) if at else None,
                 activation=_with(recipe.activation, rounding, "a_") if recipe.activation else None,
+                rotation=_with(Rotation(), turning, "r_") if turning else None,
+                gate=_with(Gate(), gate, "g_") if gate else None,
+                kv=_with(KVSpec(KV_BITS[0]), keeping, "kv_") if keeping else None,
             )
     except ValueError as error:
         raise ValueError(f"recipe: {name!r}: {error}") from None
@@ -437,7 +592,7 @@ def _parse_base(base: str) -> Recipe | None:
     quantizer = re.fullmatch(r"([a-z]+)-w(\d+)(?:a(\d+))?(?:-g(\d+))?(-asym)?(-plain)?", base)
     if quantizer and quantizer[1] in METHODS and quantizer[1] != "bnb":
         spec = QuantSpec(int(quantizer[2]), int(quantizer[4]) if quantizer[4] else None, not quantizer[5])
-        options = make_options(quantizer[1], PLAIN) if quantizer[6] else None
+        options = make_options(quantizer[1], _plain(quantizer[1], spec)) if quantizer[6] else None
         bits = int(quantizer[3] or 16)
         return Recipe(quantizer[1], spec, options=options, activation=None if bits == 16 else ActivationSpec(bits))
     pruner = re.fullmatch(r"([a-z]+)-s(\d+)", base)
@@ -447,6 +602,12 @@ def _parse_base(base: str) -> Recipe | None:
     if codebook:
         return Recipe("bnb", None, options=BnB(codebook[1], bool(codebook[2])))
     return None
+
+
+def _plain(method: str, spec: QuantSpec) -> dict[str, object]:
+    if "clip" not in {field.name for field in fields(METHODS[method])}:
+        raise ValueError(f"plain: {method} finds a grid of its own; leave -plain out")
+    return PLAIN if spec.symmetric else PLAIN | {"scale": "minmax"}
 
 
 def _knob(text: str) -> tuple[str, str]:
@@ -483,11 +644,15 @@ def make_options(method: str, given: dict[str, object], defaults: Options | None
     return _with(options, given)
 
 
-def make_activation(given: dict[str, object]) -> ActivationSpec:
-    """An ActivationSpec from its fields; ValueError for an unknown or missing one, or a wrong type."""
-    if "bits" not in given:
-        raise ValueError("activation: bits: missing")
-    return _with(ActivationSpec(ACTIVATION_BITS[-1]), given, "activation: ")
+PARTS = {"activation": ActivationSpec(8), "rotation": Rotation(), "gate": Gate(), "kv": KVSpec(8)}
+
+
+def make_part(name: str, given: dict[str, object]) -> Any:
+    """The part of a recipe of this name from its fields; ValueError for an unknown or missing one, or a wrong type."""
+    first = fields(PARTS[name])[0].name
+    if first not in given:
+        raise ValueError(f"{name}: {first}: missing")
+    return _with(PARTS[name], given, f"{name}: ")
 
 
 def _with(frozen: Any, given: dict[str, object], prefix: str = "") -> Any:

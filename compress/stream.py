@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .block import Block, Calls, Hidden, Linear, block_names, enter
 from .checkpoint import (
     OWN_STEM,
     file_names,
+    has_experts,
     in_files,
     load_model,
     load_tokenizer,
@@ -35,11 +37,12 @@ from .checkpoint import (
 )
 from .files import atomic_dir, publish, read_json, write_json
 from .footprint import available_memory, steady_heap, trim_heap
-from .formats.compressed_tensors import Scheme
+from .formats import compressed_tensors as ct
+from .integration import mark
 from .sequential import LayerReport, check_batches, compress_, compress_block_, make_block, needs_dense, round_
 from .shards import ShardReader, ShardWriter, fill_, hollow_, hollow_model, names
-from .spec import ActivationSpec, Recipe
-from .walk import check_unshared, fitting_linears, linears, prune_layer_, within
+from .spec import ActivationSpec, QuantSpec, Recipe
+from .walk import check_unshared, fitting_linears, linears, prunable_linears, prune_layer_, replace, within
 
 _JOURNAL = "progress.json"
 # What is not in a decoder block (embeddings, norms, the head) is written in parts of at least this many bytes.
@@ -71,19 +74,19 @@ class Job:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         # Whether the result can be loaded whole, to be compared with what was in memory.
         self.small = 4 * sum(self.reader.bytes(key) for key in set(self.mapping.values())) < available_memory()
-        fitting = fitting_linears if recipe.prune is None else lambda model, _: list(linears(model, recipe.ignore))
-        layers: list[tuple[str, Linear]] = list(fitting(self.model, recipe))
+        fitting = fitting_linears if recipe.prune is None else prunable_linears
+        layers: list[tuple[str, Linear]] = fitting(self.model, recipe)
         check_unshared(self.model, layers, recipe)
         # Names alone: a module kept here would keep its dense weight.
         self.layers = tuple(name for name, _ in layers)
         if recipe.calibrated:
-            check_batches(recipe, batches)
+            check_batches(recipe, batches, self.model)
         self.dense = [name for name, _ in linears(self.model, ()) if name not in self.layers]
         self.file_names = file_names(self.model)
         linear = recipe.spec is None or all(isinstance(layer, nn.Linear) for _, layer in layers)
         a = recipe.activation
-        clipped = a is not None and a.dynamic and (a.search or a.clip != 1)
-        self.stock_readable = stock_readable(self.model, linear, clipped)
+        own = a is not None and a.dynamic and (a.search or a.clip != 1)
+        self.stock_readable = stock_readable(self.model, linear, own or recipe.method == "flatquant")
         self.blocks = block_names(self.model)
         self.repeated = _repeated(self.model)
         self.units = [*self._outside(), *(Unit((name,), number) for number, name in enumerate(self.blocks))]
@@ -149,18 +152,26 @@ def compress_to(
 ) -> dict[str, Any]:
     """Compress the model at `source` (a directory or hub id) into the new directory `target`; see compress_streamed."""
     directory = local_directory(source)
-    if recipe.method == "bnb":
-        return compress_whole(directory, recipe, target)
+    if whole(recipe):
+        return compress_whole(directory, recipe, target, batches)
     return compress_streamed(Job(directory, recipe, batches, device), load_tokenizer(directory), target)
 
 
-def compress_whole(directory: Path, recipe: Recipe, target: Path | str) -> dict[str, Any]:
-    """As compress_streamed, with the whole model in memory: for bitsandbytes' formats, which its own code writes."""
+def whole(recipe: Recipe) -> bool:
+    """Whether it takes the whole model in memory: bitsandbytes' own code writes its formats, and a rotation goes along
+    all of the residual stream."""
+    return recipe.method == "bnb" or recipe.rotation is not None
+
+
+def compress_whole(
+    directory: Path, recipe: Recipe, target: Path | str, batches: Sequence[Tensor] = ()
+) -> dict[str, Any]:
+    """As compress_streamed, with the whole model in memory."""
     start = time.perf_counter()
     model, tokenizer = load_model(directory), load_tokenizer(directory)
     parameters = sum(p.numel() for p in model.parameters())
     layers: list[LayerReport] = []
-    compress_(model, recipe, report=layers.append)
+    compress_(model, recipe, batches, layers.append)
     with atomic_dir(target) as work:
         write_model(model, tokenizer, work, recipe)
         ids = torch.arange(min(_PROBE, model.config.get_text_config().vocab_size))[None]
@@ -168,7 +179,8 @@ def compress_whole(directory: Path, recipe: Recipe, target: Path | str) -> dict[
             difference = float((load_model(work)(ids).logits - model(ids).logits).abs().max())
         if difference:
             raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
-    return _made(recipe, target, parameters, difference, True, layers, start)
+    readable = not any(Path(target).glob(f"{OWN_STEM}*.safetensors"))
+    return _made(recipe, target, parameters, difference, readable, layers, start)
 
 
 def _made(
@@ -208,7 +220,7 @@ def compress_streamed(
     memory and what is on disk (0 unless a file is wrong, which raises RuntimeError and leaves nothing; None where the
     model is too large to be loaded whole, or the run was resumed: then only every tensor was compared as it was
     written). Raises FileExistsError when there is something at `target`, ValueError when an unfinished run lies there
-    and `resume` is False, or was another job; OSError when the disk is full.
+    and `resume` is False, or was another job; OSError when the disk is full: what is done stays, to be resumed.
     """
     start = time.perf_counter()
     steady_heap()
@@ -216,28 +228,32 @@ def compress_streamed(
         run = _Run(job, work, journal, notify or (lambda _text, _layer: None))
         layers = run.units()
         run.writer.finish()
-        write_config(job.model, work, job.recipe, _schemes(job.recipe, layers), job.dense, run.writer.stem)
+        quantization = None
+        if job.recipe.spec is not None:
+            schemes = _schemes(job.recipe.spec, job.recipe.activation, layers)
+            quantization = ct.to_config(schemes, job.dense) | mark(job.recipe, run.writer.stem, has_experts(job.model))
+        write_config(job.model, work, quantization)
         tokenizer.save_pretrained(work)
         (work / _JOURNAL).unlink()
         difference = run.difference()
         if difference:
+            shutil.rmtree(work)
             raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
     return _made(job.recipe, target, job.parameters, difference, job.stock_readable, layers, start)
 
 
-def _schemes(recipe: Recipe, layers: Sequence[LayerReport]) -> dict[str, Scheme]:
+def _schemes(spec: QuantSpec, a: ActivationSpec | None, layers: Sequence[LayerReport]) -> dict[str, ct.Scheme]:
     """How every layer is stored, from what was reported of it: a resumed run has not seen the first ones."""
-    if recipe.spec is None:
-        return {}
-    a, found = recipe.activation, {}
+    found = {}
     for layer in layers:
         activation = None if a is None else ActivationSpec(layer.input_bits, a.symmetric, not layer.input_static)
-        found[layer.name] = Scheme(recipe.spec, activation)
+        found[layer.name] = ct.Scheme(replace_fields(spec, bits=layer.bits or spec.bits), activation)
     return found
 
 
 def unfinished(target: Path) -> Path:
     """Where the work for `target` lies until it is done."""
+    target = target.absolute()
     return target.parent / f".{target.name}.unfinished"
 
 
@@ -257,7 +273,8 @@ def _unfinished(target: Path, job: Job, resume: bool) -> Iterator[tuple[Path, di
         journal = found
     elif work.exists():
         shutil.rmtree(work)
-    with publish(work, target):
+    # What is done stays when the disk is full or memory runs out, as when the process is killed.
+    with publish(work, target, keep=(OSError, RuntimeError, MemoryError)):
         if not (work / _JOURNAL).is_file():
             write_json(work / _JOURNAL, journal)
         yield work, journal
@@ -317,6 +334,10 @@ class _Run:
         outside = [name for name in outside if job.model.get_submodule(name) is not head]
         for name in outside:
             self.fill(name)
+        # What enters the blocks of a compressed model; some have layers in front of them.
+        dense = {name: job.model.get_submodule(name) for name in job.layers if within(name, outside)}
+        for name in dense:
+            self.compress_layer(name)
         if job.recipe.calibrated:
             hidden = self.hidden(0) if block == 0 else None
             self.calls = enter(job.model, job.batches, hidden)
@@ -330,6 +351,8 @@ class _Run:
                 self.probe_calls = enter(job.model, [self.ids], self.probe)
             except ValueError:  # a model that cannot be run block by block can be rounded all the same
                 self.probe = None
+        for name, module in dense.items():
+            replace(job.model, name, module)
         for name in outside:
             hollow_(job.model.get_submodule(name))
         trim_heap()
@@ -349,19 +372,23 @@ class _Run:
                 if states is not None:
                     states.close()
         else:
-            for name in (layer for layer in job.layers if within(layer, unit.modules)):
-                layer: Any = job.model.get_submodule(name)
-                if job.recipe.prune is None:
-                    layers.append(round_(job.model, name, layer, job.recipe))
-                else:
-                    prune_layer_(name, layer, job.recipe)
-                del layer
+            done = [self.compress_layer(name) for name in job.layers if within(name, unit.modules)]
+            layers = [report for report in done if report is not None]
         if unit.block is not None and self.probe is not None:
             name, calls = unit.modules[0], self.probe_calls[unit.block]
             with torch.no_grad():
                 module = job.model.get_submodule(name)
                 self.probe.write(0, Block(name, module, {}, job.model.config, calls, self.probe).forward(0))
         return layers
+
+    def compress_layer(self, name: str) -> LayerReport | None:
+        """One layer, in place, without data; a report where it is quantized."""
+        job = self.job
+        layer: Any = job.model.get_submodule(name)
+        if job.recipe.prune is None:
+            return round_(job.model, name, layer, job.recipe)
+        prune_layer_(name, layer, job.recipe)
+        return None
 
     def write(self, number: int, unit: Unit) -> None:
         """Write a unit as it is now, and forget it."""
@@ -377,6 +404,9 @@ class _Run:
     def fill(self, name: str) -> None:
         module = self.job.model.get_submodule(name)
         fill_(module, name, self.job.mapping, self.job.reader)
+        for inner, parameter in module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{self.job.recipe}: {_join(name, inner)}: contains NaN or infinity")
         module.to(self.job.device)
 
     @property

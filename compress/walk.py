@@ -83,9 +83,7 @@ def prune_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     Raises ValueError, before anything is changed, for weights that are not finite or also the input embedding.
     """
     unfuse_experts_(model)
-    layers = list(linears(model, recipe.ignore))
-    if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no linear layer to prune")
+    layers = prunable_linears(model, recipe)
     embeddings = model.get_input_embeddings().weight
     for name, module in layers:
         if module.weight is embeddings:
@@ -95,6 +93,15 @@ def prune_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     for name, module in layers:
         prune_layer_(name, module, recipe)
     return model
+
+
+def prunable_linears(model: nn.Module, recipe: Recipe) -> list[tuple[str, Linear]]:
+    """The layers that `recipe` prunes; those that send tokens to experts stay whole. ValueError when it prunes none."""
+    left = routers(model)
+    layers = [(name, module) for name, module in linears(model, recipe.ignore) if name not in left]
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no linear layer to prune")
+    return layers
 
 
 @torch.no_grad()
@@ -167,9 +174,12 @@ def quant_linear(
     q: QTensor,
     activation: ActivationSpec | None = None,
     static: tuple[Tensor, Tensor] | None = None,
+    transform: nn.Module | None = None,
 ) -> QuantLinear:
-    """The packed layer that stands for `module`; `activation`, `static`: how its input is rounded (see QuantLinear)."""
+    """The packed layer that stands for `module`; `activation`, `static`, `transform`: what becomes of its input (see
+    QuantLinear). A transform that hangs on `module` itself (see rotation.py) goes with it."""
     layer = QuantLinear.from_qtensor(q, module.bias, activation, static)
+    layer.transform = getattr(module, "transform", None) if transform is None else transform
     layer.replaces = type(module).__name__
     return layer
 
@@ -186,6 +196,9 @@ def dequantize_(model: PreTrainedModel) -> PreTrainedModel:
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.detach().to(model.dtype, copy=True))
         replace(model, name, linear)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if packed and quantizer is not None:
+        quantizer.remove_quantization_config(model)
     return model
 
 

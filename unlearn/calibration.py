@@ -21,9 +21,10 @@ BATCH_TOKENS = 4096
 DEFAULT = 128
 
 
-def default_calibration(retain: Sequence[QA]) -> Calibration:
-    """DEFAULT rows of the retain set, or all of them."""
-    return Calibration(retain=min(DEFAULT, len(retain)))
+def default_calibration(retain: Sequence[QA], encoder: Encoder) -> Calibration:
+    """DEFAULT sequences of the retain set, or all of them; a long text row gives several."""
+    length = min(Calibration(retain=1).length, encoder.max_length)
+    return Calibration(retain=min(DEFAULT, len(encoder.windows(retain, length))))
 
 
 def calibration_batches(

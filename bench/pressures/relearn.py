@@ -141,7 +141,7 @@ def relearn_advantage(unlearned: Pressed, oracle: Pressed, seed: int = 0) -> dic
 
 def _trainable(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in float32 whose every weight takes a gradient."""
-    return dequantize_(copy.deepcopy(model).float()).eval().requires_grad_(True)
+    return dequantize_(copy.deepcopy(model)).float().eval().requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -452,9 +452,11 @@ def bench(
     methods: Annotated[str | None, typer.Option(help="unlearning, ptq: these methods only, comma-separated.")] = None,
     data_dir: Annotated[
         str | None,
-        typer.Option(help="unlearning, evaluation: TOFU's files (default: the hub's); ptq: WikiText-2's."),
+        typer.Option(help="unlearning, evaluation: TOFU's files (default: the hub's); ptq, w4a4: WikiText-2's."),
     ] = None,
-    parts: Annotated[str | None, typer.Option(help="ptq: of quality, layers, recovery.")] = None,
+    parts: Annotated[
+        str | None, typer.Option(help="ptq: of quality, layers, recovery; w4a4: of quality, recovery.")
+    ] = None,
     peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,
     gib: Annotated[float | None, typer.Option(help="streaming: size of the model's weights.")] = None,
     limit_gib: Annotated[float | None, typer.Option(help="streaming: of the memory it may take.")] = None,
@@ -531,6 +533,7 @@ def main() -> None:
 def _interrupted() -> NoReturn:
     kept = {
         "audit": "finished stages are kept, the same command goes on from there",
+        "compress": "with --resume the same command goes on from the last part that is done",
         "unlearn": "no model was written; with --resume the same command goes on from the last checkpoint",
     }
     _fail(f"interrupted; {kept.get(''.join(sys.argv[1:2]), 'nothing was written')}", INTERRUPTED)

@@ -52,10 +52,18 @@ class Order:
         if self.device not in ("auto", "cpu"):
             raise ValueError(f"device: {self.device!r} is not one of auto, cpu")
         recipe = self.parsed()
+        if recipe.kv is not None:
+            raise ValueError("kv: is how a model serves, no part of a checkpoint; an audit measures it")
         if not recipe.calibrated:
-            for name in ("retain", "forget", "data", "text"):
+            for name in ("retain", "forget", "data", "data_dir", "text"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: {recipe} looks at no data; leave it out")
+        if self.data is not None and self.retain is not None:
+            raise ValueError(f"retain: {self.retain} beside data: {self.data}, which has such rows; give one of them")
+        if self.data is None and self.data_dir is not None:
+            raise ValueError(f"data_dir: {self.data_dir} goes with --data tofu")
+        if self.text is not None and (self.data or self.retain or self.forget) and recipe.calibration is None:
+            raise ValueError("text: beside rows; say how much of each, e.g. --calibration retain:64,text:64")
         local_model(self.model)
 
     def parsed(self) -> Recipe:
@@ -63,6 +71,8 @@ class Order:
         recipe = read_recipe(self.recipe)
         if not recipe.compresses:
             raise UsageError(f"recipe: {self.recipe!r} compresses nothing")
+        if self.calibration is not None and recipe.calibration is not None:
+            raise UsageError(f"calibration: {self.calibration} beside the recipe's own, {recipe.calibration}")
         if self.calibration is not None:
             recipe = replace(recipe, calibration=parse_calibration(self.calibration))
         return recipe
@@ -94,24 +104,25 @@ def compress(
     from .compress.checkpoint import load_tokenizer, local_directory
     from .compress.footprint import Prediction, measure_machine, peak_rss, reset_peak
     from .compress.plan import plan
-    from .compress.stream import Job, compress_streamed, compress_whole, unfinished
+    from .compress.stream import Job, compress_streamed, compress_whole, unfinished, whole
 
     recipe = order.parsed()
     directory = local_directory(order.model)
-    if recipe.method == "bnb":
-        if plan_only:
-            raise UsageError(
-                f"plan: {recipe} is written by bitsandbytes, with the whole model in memory; not predicted"
-            )
-        return compress_whole(directory, recipe, out)
+    if whole(recipe) and plan_only:
+        raise UsageError(f"plan: {recipe} is made with the whole model in memory; not predicted")
+    if whole(recipe) and resume:
+        raise UsageError(f"resume: {recipe} is written in one go")
     tokenizer = load_tokenizer(directory)
     recipe, batches = _data(order, recipe, directory, tokenizer)
+    if whole(recipe):
+        return compress_whole(directory, recipe, out, batches)
     job = Job(directory, recipe, batches, _device(order.device))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    predicted = plan(job, measure_machine(out.parent, job.model.dtype))
+    place = next(folder for folder in out.absolute().parents if folder.is_dir())
+    predicted = plan(job, measure_machine(place, job.model.dtype))
     say(f"{recipe} on {job.parameters:,} parameters: {predicted.text()}")
     if plan_only:
         return {"recipe": recipe.name, "plan": asdict(predicted)}
+    out.parent.mkdir(parents=True, exist_ok=True)
     reset_peak()
     start = time.perf_counter()
     told = _Telling(len(job.units), unfinished(out), progress or (lambda _done, _total, _text: None), say)
@@ -154,18 +165,18 @@ def _data(
     from .unlearn.calibration import DEFAULT, calibration_batches, default_calibration
     from .unlearn.encode import Encoder
 
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    encoder = Encoder(tokenizer, longest(config))
     rows = order.rows()
     text = None if order.text is None else running_text(order.text)
     calibration = recipe.calibration
     if calibration is None:
         if rows.get("retain"):
-            calibration = default_calibration(rows["retain"])
+            calibration = default_calibration(rows["retain"], encoder)
         elif text is not None:
             calibration = Calibration(text=DEFAULT)
         else:
             raise UsageError(f"calibration: {recipe} needs data; give --text FILE, --retain FILE, or --data")
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    encoder = Encoder(tokenizer, longest(config))
     return replace(recipe, calibration=calibration), calibration_batches(calibration, encoder, rows, text, order.seed)
 
 
@@ -188,6 +199,10 @@ def show_layers(layers: Sequence[dict[str, Any]], file: IO[str]) -> None:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "layer": lambda layer: layer["name"],
         "relative error": lambda layer: "" if layer["error"] is None else f"{layer['error']:.2e} of {layer['of']}",
+        "input": lambda layer: (
+            "" if layer["input_error"] is None else f"{layer['input_error']:.2e} in {layer['input_bits']} bits"
+        ),
+        "spread": lambda layer: "" if layer["spread"] is None else f"{layer['spread']:.2f}",
         "damp": lambda layer: "" if layer["damp"] is None else f"{layer['damp']:g}",
         "seconds": lambda layer: f"{layer['seconds']:.2f}",
         "note": lambda layer: layer["note"],

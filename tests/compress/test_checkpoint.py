@@ -292,8 +292,8 @@ def test_nothing_is_overwritten(llama, tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(llama, tmp_path):
-    """On a real file system of 200 KiB."""
+def test_a_full_disk_is_named_and_what_is_done_stays(llama, tmp_path):
+    """On a real file system of 200 KiB, until it has 2 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     code = f"""
@@ -303,11 +303,21 @@ from remanence.compress.spec import parse_recipe
 try:
     compress_to({str(llama)!r}, parse_recipe("rtn-w8a16-plain"), {str(disk / "out")!r})
 except OSError as error:
-    print(error.strerror, list(Path({str(disk)!r}).iterdir()))
+    print(error.strerror, [path.name for path in Path({str(disk)!r}).iterdir()])
+import subprocess
+from remanence.compress.checkpoint import load_tokenizer
+from remanence.compress.stream import Job, compress_streamed
+subprocess.run(["mount", "-o", "remount,size=2m", {str(disk)!r}], check=True)
+job = Job(Path({str(llama)!r}), parse_recipe("rtn-w8a16-plain"))
+begun = []
+compress_streamed(job, load_tokenizer(job.source), Path({str(disk / "out")!r}), resume=True,
+                  notify=lambda text, layer: begun.append(text) if layer is None else None)
+print(len(begun) < len(job.units), [path.name for path in Path({str(disk)!r}).iterdir()])
 """
     mount = f'mount -t tmpfs -o size=200k none "{disk}" && exec "$0" -c "$1"'
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", disk], capture_output=True).returncode:
         pytest.skip("may not mount a file system here")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, sys.executable, code], capture_output=True, text=True)
     assert "disk full while writing" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.strip().endswith("[]"), "something was left behind"
+    assert done.stdout.splitlines()[0].endswith("['.out.unfinished']")
+    assert done.stdout.splitlines()[1] == "True ['out']", done.stderr

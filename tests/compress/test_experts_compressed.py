@@ -66,7 +66,7 @@ def test_every_expert_is_compressed_and_comes_back(dense, name, tokenizer, tmp_p
 
 def test_starved_experts_are_named(dense):
     reports = []
-    compress_(copy.deepcopy(dense), parse_recipe("gptq-w4a16-g16"), [IDS[:1, :20]], reports.append)
+    compress_(copy.deepcopy(dense), parse_recipe("gptq-w4a16-g16"), [IDS[:1]], reports.append)
     starved = [report for report in reports if "tokens: rounded to nearest" in report.note]
     assert starved
     assert all(".experts." in report.name and report.damp is None for report in starved)
@@ -81,6 +81,39 @@ def test_stock_transformers_finds_the_packed_experts(dense, tokenizer, tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=CompressedTensorsConfig())
     # It multiplies code and scale in the 16 bits of the scale.
     assert (logits(stock) - logits(model)).abs().max() <= 1e-2
+
+
+def test_from_pretrained_reads_our_file_and_gives_it_to_nobody_else(dense, tokenizer, tmp_path):
+    """After `import remanence`, as before it: by the stock reader."""
+    pytest.importorskip("compressed_tensors", reason="the stock reader; comes with the extra `ct`")
+    model = compress_(copy.deepcopy(dense), parse_recipe("rtn-w4a16-g16"))
+    save_model(model, tokenizer, tmp_path / "out", parse_recipe("rtn-w4a16-g16"))
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    compress_to(tmp_path / "dense", parse_recipe("rtn-w4a16-g16"), tmp_path / "streamed")
+    for directory in ("out", "streamed"):
+        stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / directory, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert (logits(stock) - logits(model)).abs().max() <= 1e-2
+    with pytest.raises(ValueError, match=r"experts that were taken apart .*checkpoint\.save_model"):
+        load_model(tmp_path / "out").save_pretrained(tmp_path / "again")
+    save_model(load_model(tmp_path / "out"), tokenizer, tmp_path / "again2")
+    assert torch.equal(logits(load_model(tmp_path / "again2")), logits(model))
+
+
+def test_bitsandbytes_would_leave_them_dense(dense):
+    pytest.importorskip("bitsandbytes", reason="comes with the extra `bnb`")
+    with pytest.raises(ValueError, match=r"bnb-nf4: .* keeps its experts in fused tensors"):
+        compress_(copy.deepcopy(dense), parse_recipe("bnb-nf4"))
+
+
+def test_smoothquant_names_experts_that_saw_nothing(dense):
+    reports = []
+    compress_(copy.deepcopy(dense), parse_recipe("smoothquant-w8a8"), [IDS[:1, :2]], reports.append)
+    unseen = [report for report in reports if report.note.startswith("0 tokens: rounded to nearest")]
+    assert unseen
+    assert all(".experts." in report.name and report.error is None for report in unseen)
+    assert all(report.input_error is None for report in unseen)
 
 
 @pytest.mark.parametrize("name", ["rtn-w4a16-g16", "gptq-w4a16-g16", "magnitude-s50"])

@@ -10,6 +10,7 @@ from remanence.compress.experts import unfuse_experts_
 from remanence.compress.gptq import column_order, factorize, gptq, quantize, solve
 from remanence.compress.hessian import Hessian, upper_factor_
 from remanence.compress.rtn import rtn
+from remanence.compress.sequential import compress_
 from remanence.compress.spec import GPTQ, RTN, QuantSpec, parse_recipe
 from remanence.compress.walk import weight_of
 from torch import nn
@@ -520,6 +521,29 @@ def test_a_pruned_layer_keeps_its_zeros(untrained):
         assert layer.note == ("mask kept" if kept else "")
         if kept:
             assert (layer.q.dequantize()[~masks[name]] == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [8, 31, 32])
+def test_few_tokens_calibrate_nothing(untrained, tokens):
+    """Fewer rows than directions: the solver would move errors to where they do not look."""
+    recipe = parse_recipe("gptq-w4a16-g16")
+    block = make_block(untrained("llama"), batches=[torch.arange(tokens)[None]])
+    dense = {name: layer.weight.detach().clone() for name, layer in block.linears.items()}
+    for name, layer in solve(block, recipe).items():
+        nearest = rtn(dense[name], recipe.spec, torch.float16, RTN())
+        assert torch.equal(layer.q.codes, nearest.codes) == (tokens < 32)
+        assert layer.note == (f"{tokens} tokens: rounded to nearest" if tokens < 32 else "")
+
+
+def test_a_tenth_of_zeros_is_a_mask(untrained):
+    """magnitude-s10 takes the whole number below a tenth."""
+    model, recipe = untrained("llama"), parse_recipe("gptq-w4a16-g16-asym")
+    block = make_block(compress_(model, parse_recipe("magnitude-s10")))
+    zero = {name: layer.weight == 0 for name, layer in block.linears.items()}
+    for name, layer in solve(block, recipe).items():
+        assert 0 < zero[name].sum() < 0.1 * zero[name].numel()
+        assert layer.note == "mask kept"
+        assert (layer.q.dequantize()[zero[name]] == 0).all()
 
 
 def test_inputs_of_zeros_and_layers_that_nothing_reaches_are_rounded_and_say_so(untrained):

@@ -19,6 +19,7 @@ from remanence.compress.linear import QuantLinear
 from remanence.compress.quantizer import PackedConfig, PackedQuantizer, Stored
 from remanence.compress.sequential import quantize_
 from remanence.compress.spec import parse_recipe
+from remanence.compress.walk import dequantize_
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
 from safetensors.torch import load_file, save_file
@@ -123,6 +124,35 @@ def test_save_pretrained_writes_what_was_read(arch, tied, recipe, saved, tmp_pat
     assert described[0]["quantization_config"] == described[1]["quantization_config"]
     for reader in (load_model, AutoModelForCausalLM.from_pretrained):
         assert torch.equal(logits(reader(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize("how", ["read", "made"])
+def test_our_models_save_themselves_too(how, saved, untrained, tmp_path):
+    """What load_model reads, and what was compressed in memory, by transformers' own save_pretrained."""
+    directory = saved("opt", ASYMMETRIC)
+    model = load_model(directory) if how == "read" else quantize_(untrained("opt"), parse_recipe(ASYMMETRIC))
+    model.save_pretrained(tmp_path / "again")
+    described = [json.loads((path / "config.json").read_text()) for path in (directory, tmp_path / "again")]
+    assert described[0]["quantization_config"] == described[1]["quantization_config"]
+    for reader in (load_model, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(logits(reader(tmp_path / "again")), logits(model))
+    dense = dequantize_(model)
+    dense.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+
+
+def test_saved_again_without_a_recipe_it_keeps_its_own(saved, tokenizer, tmp_path):
+    directory = saved("llama", SYMMETRIC)
+    save_model(load_model(directory), tokenizer, tmp_path / "again")
+    once, again = (json.loads((path / "config.json").read_text()) for path in (directory, tmp_path / "again"))
+    assert again == once
+    assert torch.equal(logits(load_model(tmp_path / "again")), logits(load_model(directory)))
+
+
+def test_clipped_activations_are_not_saved_for_others(untrained, tmp_path):
+    model = quantize_(untrained("llama"), parse_recipe("rtn-w8a8+a_clip=0.9"))
+    with pytest.raises(ValueError, match=r"others would read its layers and run them otherwise; .*save_model"):
+        model.save_pretrained(tmp_path / "again")
 
 
 def test_gpt2_is_not_saved_under_the_name_that_stock_readers_look_for(saved, tmp_path):

@@ -105,6 +105,7 @@ def unchanged(model, before):
         ("gptq-w4a16-g16", [torch.zeros(8, dtype=torch.int64)], r"batch 0 has the shape \[8\]"),
         ("gptq-w4a16-g24", [IDS], r"q_proj: 32 input features do not divide into groups of 24"),
         ("awq-w4a16-g128", [IDS], r"32 input features do not divide into groups of 128"),
+        ("gptq-w4a16-g16", [IDS, IDS + 300], "calibration: token [0-9]+, but the model embeds 300"),
         ("rtn-w4a16-g16+ignore=lm_haed", [], "'lm_haed' names no module of LlamaForCausalLM; did you mean lm_head"),
         ("rtn-w4a16-g16+ignore=re:.*nothing", [], "'re:.*nothing' names no module"),
         ("rtn-w4a16-g16+ignore=re:(", [], "is no regular expression"),
@@ -116,6 +117,15 @@ def test_what_cannot_be_is_said_before_anything_changes(untrained, name, batches
     with pytest.raises(ValueError, match=message):
         compress_(model, parse_recipe(name), batches)
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.input_layernorm", "model.norm"])
+@pytest.mark.parametrize("recipe", ["rtn-w4a16-g16", "gptq-w4a16-g16"])
+def test_nan_outside_the_layers_is_named_too(untrained, recipe, name):
+    model = untrained("llama")
+    model.get_submodule(name).weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=f"{name}.weight: contains NaN or infinity"):
+        compress_(model, parse_recipe(recipe), [IDS])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 """A streamed run writes what compressing in memory makes; killed anywhere and resumed, it writes the same bytes."""
 
+import copy
 import gc
 import hashlib
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from remanence.compress.sequential import compress_
 from remanence.compress.shards import ShardReader
 from remanence.compress.spec import parse_recipe
 from remanence.compress.stream import Job, compress_streamed, unfinished
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -330,6 +332,52 @@ def test_another_job_does_not_go_on_with_it(llama, untrained, tmp_path):
     assert digests(unfinished(tmp_path / "out")) == before
 
 
+@pytest.mark.parametrize(
+    "recipe", ["rtn-w3a16-plain", "gptq-w3a16-plain", "signround-w3a16+iterations=2", "magnitude-s50"]
+)
+def test_layers_in_front_of_the_blocks(recipe, tmp_path):
+    """OPT-350m projects its embeddings: what enters the first block is the compressed projection's."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "dropout": 0.0}
+    config = OPTConfig(vocab_size=300, word_embed_proj_dim=16, max_position_embeddings=64, init_std=0.3, **shape)
+    config.do_layer_norm_before = False
+    source = saved(AutoModelForCausalLM.from_config(config).eval(), tmp_path / "dense")
+    made = run(source, recipe, tmp_path / "out")
+    assert made["max_abs_logit_difference"] == 0
+    entered = []
+    model = load_model(source)
+    with torch.no_grad():
+        compressed = compress_(copy.deepcopy(model), parse_recipe(recipe), BATCHES)
+        for other in (compressed, load_model(tmp_path / "out")):
+            other.model.decoder.layers[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+            entered.append(other(BATCHES[0]).logits)
+    assert torch.equal(entered[0], entered[2])
+    assert torch.equal(entered[1], entered[3])
+
+
+def test_a_failure_of_the_machine_leaves_what_is_done(llama, tmp_path):
+    def full(text, layer):
+        if text.startswith("block 2") and layer is None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="what is done stays, to be resumed"):
+        run(llama, "gptq-w4a16-g16-plain", tmp_path / "out", notify=full)
+    assert not (tmp_path / "out").exists()
+    begun = []
+    run(llama, "gptq-w4a16-g16-plain", tmp_path / "out", resume=True, notify=lambda text, _: begun.append(text))
+    assert begun[0] == "block 2 of 2"
+    run(llama, "gptq-w4a16-g16-plain", tmp_path / "whole")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_the_current_directory_as_output(llama, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(llama, "rtn-w4a16-g16-plain", Path("."))
+    assert load_model(tmp_path / "here") is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "here"]
+
+
 # Refused
 
 
@@ -339,7 +387,7 @@ def test_nan_in_a_block_leaves_nothing(recipe, untrained, tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     source = saved(model, tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: weight: contains NaN or infinity"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: contains NaN or infinity"):
         run(source, recipe, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 

@@ -109,6 +109,11 @@ def test_bitsandbytes_is_written_whole(model, tmp_path):
         ({"recipe": "rtn-w4a16", "calibration": "retain:3"}, "calibration: rtn takes no data"),
         ({"recipe": "rtn-w4a16", "text": "t"}, "text: rtn-w4a16 looks at no data"),
         ({"recipe": "gptq-w4a16", "calibration": "web:3"}, "'web' is not one of"),
+        ({"recipe": "rtn-w4a16", "data_dir": "d"}, "data_dir: rtn-w4a16 looks at no data"),
+        ({"recipe": "gptq-w4a16", "data": "people", "retain": "r"}, "retain: r beside data: people"),
+        ({"recipe": "gptq-w4a16", "retain": "r", "data_dir": "d"}, "data_dir: d goes with --data tofu"),
+        ({"recipe": "gptq-w4a16", "retain": "r", "text": "t"}, "text: beside rows; say how much of each"),
+        ({"recipe": "gptq-w4a16@retain:2", "calibration": "text:3"}, "calibration: text:3 beside the recipe's own"),
         ({"recipe": "gptq-w4a16", "device": "tpu"}, "device: 'tpu' is not one of auto, cpu"),
     ],
 )

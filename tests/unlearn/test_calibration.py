@@ -69,9 +69,12 @@ def test_long_texts_are_cut_to_the_length(corpus, encoder):
     assert all(2 <= len(ids) <= 20 for ids in found)
 
 
-def test_the_default_is_the_retain_set(corpus):
-    assert default_calibration(corpus.retain[:50]) == Calibration(retain=50)
-    assert default_calibration(corpus.retain * 9) == Calibration(retain=128)
+def test_the_default_is_the_retain_set(corpus, encoder):
+    assert default_calibration(corpus.retain[:50], encoder) == Calibration(retain=50)
+    assert default_calibration(corpus.retain * 9, encoder) == Calibration(retain=128)
+    text = QA("", " ".join(row.answer for row in corpus.retain))
+    wanted = default_calibration([text], encoder)
+    assert wanted.retain == len(encoder.windows([text])) > 3, "one row of text is many sequences"
 
 
 @pytest.mark.parametrize(

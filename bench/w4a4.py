@@ -1,0 +1,227 @@
+"""Activations and the KV cache in few bits: what each scheme costs one trained model, and what it brings back.
+
+Two tables. Quality: a language model trained here, with outlier channels put in (a norm's gain times 30 in a few
+channels, the weights behind it divided by as much: the same function, but inputs as large language models have them),
+under every scheme: held-out perplexity, and KL per token from the model in full precision. Recovery: the demo model
+after unlearning, under the same schemes (as ptq_recovery.py).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..compress.checkpoint import load_model, save_model
+from ..compress.kv_attach import attach_kv_
+from ..compress.kv_cache import KVCache
+from ..compress.sequential import LayerReport, compress_
+from ..compress.spec import Recipe, parse_recipe
+from ..unlearn.demo import DemoConfig, byte_bpe
+from . import ptq_recovery
+from .perplexity import perplexity
+from .ptq_quality import HELD_OUT, LEARNED, SHAPE, trained, windows
+from .texts import texts
+
+PARTS = ("quality", "recovery")
+W8A8 = ("rtn-w8a8", "smoothquant-w8a8", "smoothquant-w8a8+a_dynamic=false")
+W4A8 = ("rtn-w4a8", "gptq-w4a8")
+W4A4 = (
+    "rtn-w4a4",
+    "smoothquant-w4a4",
+    "gptq-w4a4",
+    "gptq-w4a4+a_search=true",
+    "gptq-w4a4+a_fallback=0.02",
+    "rtn-w4a4+r_kind=hadamard",
+    "gptq-w4a4+r_kind=hadamard",
+    "gptq-w4a4+r_kind=hadamard+r_online=true",
+    "gptq-w4a4+r_kind=learned",
+    "flatquant-w4a4",
+)
+KV = tuple(f"dense+kv_bits={bits}" for bits in (8, 4, 2))
+RECIPES = (*W8A8, *W4A8, *W4A4, *KV)
+FORGOTTEN = ("graddiff", "npo", "rmu", "bucketed")
+RECOVERY = (
+    "rtn-w4a16-g64-plain",
+    "rtn-w8a8",
+    "rtn-w4a8-g64-plain",
+    "rtn-w4a4-g64-plain",
+    "rtn-w4a4+r_kind=hadamard",
+    "dense+kv_bits=4",
+)
+RECOVERY_CALIBRATED = ("smoothquant-w8a8", "gptq-w4a8-g64", "gptq-w4a4+r_kind=hadamard", "flatquant-w4a4")
+OUTLIERS, FACTOR = 4, 30.0
+SEQUENCES, LENGTH = 64, 256
+# Of the dense model's perplexity.
+NEAR = 1.01
+
+
+def run(
+    seed: int = 0,
+    data_dir: str | None = None,
+    methods: tuple[str, ...] = (),
+    parts: tuple[str, ...] = PARTS,
+    shape: DemoConfig = SHAPE,
+    epochs: int = 2,
+) -> tuple[list[dict], list[dict]]:
+    """(rows, checks).
+
+    data_dir   a directory with WikiText-2's valid.txt and test.txt; None: the generated people's texts
+    methods    recipes of the quality table; all when empty
+    parts      of PARTS
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"parts: {part!r} is not one of {', '.join(PARTS)}")
+    recipes = [parse_recipe(name) for name in methods or RECIPES]
+    rows: list[dict] = []
+    checks: list[dict] = []
+    if "quality" in parts:
+        with tempfile.TemporaryDirectory() as place:
+            rows = quality(seed, Path(place), *texts(data_dir), recipes, shape, epochs)
+        checks = quality_checks({row["recipe"]: row for row in rows})
+    if "recovery" in parts:
+        found = ptq_recovery.run(
+            seed, None, methods=FORGOTTEN, calibrated=RECOVERY_CALIBRATED, data_free=RECOVERY, sources=("retain",)
+        )
+        rows += found
+        checks += recovery_checks(found)
+    return rows, checks
+
+
+def quality(
+    seed: int,
+    place: Path,
+    learned: str,
+    held_out: str,
+    recipes: Sequence[Recipe],
+    shape: DemoConfig,
+    epochs: int,
+) -> list[dict]:
+    """A row for the dense model and for every recipe.
+
+    kl           nats per token, from the dense model's answer to the compressed one's
+    worst_input  largest relative squared error of a layer's output that comes from its input's rounding alone
+    eight        layers that fell back to inputs of 8 bits
+    kv_bytes     of the cache after a text of LENGTH tokens, and in full precision
+    seconds      of compressing
+    """
+    tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
+    learned, held_out = learned[:LEARNED], held_out[:HELD_OUT]
+    target = place / "model"
+    length = min(LENGTH, shape.max_length)
+    batches = windows(tokenizer, learned, length, SEQUENCES, seed)
+    dense = with_outliers_(trained(tokenizer, learned, seed, shape, epochs), batches, seed)
+    save_model(dense, tokenizer, target)
+    judged = windows(tokenizer, held_out, length, 32, seed)
+    rows = [_told({"recipe": "dense", **_judge(dense, dense, tokenizer, held_out, judged)})]
+    for recipe in recipes:
+        reports: list[LayerReport] = []
+        start = time.perf_counter()
+        model = compress_(load_model(target), recipe, batches if recipe.calibrated else (), reports.append)
+        row: dict[str, Any] = {"recipe": recipe.name, "seconds": time.perf_counter() - start}
+        if recipe.kv is not None:
+            attach_kv_(model, recipe.kv)
+            row |= _memory(model, dense, judged[0])
+        row |= _judge(model, dense, tokenizer, held_out, judged)
+        errors = [report.input_error for report in reports if report.input_error is not None]
+        if errors:
+            row |= {"worst_input": max(errors), "eight": sum(report.input_bits == 8 for report in reports)}
+        rows.append(_told(row))
+    return rows
+
+
+@torch.no_grad()
+def with_outliers_(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> PreTrainedModel:
+    """Make OUTLIERS channels behind every norm of the decoder layers FACTOR times as large, the function the same."""
+    generator = torch.Generator().manual_seed(seed)
+    before = model(batches[0]).logits
+    for layer in model.model.layers:
+        readers = (
+            (layer.input_layernorm, [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+            (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+        )
+        for norm, linears in readers:
+            channels = torch.randperm(norm.weight.numel(), generator=generator)[:OUTLIERS]
+            norm.weight[channels] *= FACTOR
+            for linear in linears:
+                linear.weight[:, channels] /= FACTOR
+    after = model(batches[0]).logits
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+    return model
+
+
+@torch.no_grad()
+def _judge(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    batches: Sequence[Tensor],
+) -> dict[str, float]:
+    window = batches[0].shape[1]
+    total = tokens = 0.0
+    for ids in batches:
+        ours, theirs = (of(ids).logits.double().log_softmax(-1) for of in (model, dense))
+        total += float(kl_div(ours, theirs, reduction="sum", log_target=True))
+        tokens += ids.numel()
+    return {"perplexity": perplexity(model, tokenizer, text, window, window // 2).value, "kl": total / tokens}
+
+
+@torch.no_grad()
+def _memory(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> dict[str, int]:
+    cache = KVCache(model)
+    model(ids, past_key_values=cache, use_cache=True)
+    full = dense(ids, use_cache=True).past_key_values
+    whole = sum(part.nbytes for layer in full.layers for part in (layer.keys, layer.values))
+    return {"kv_bytes": cache.memory_bytes(), "kv_bytes_dense": whole}
+
+
+def quality_checks(rows: dict[str, dict]) -> list[dict]:
+    """Of the rows that are there."""
+    checks = []
+
+    def at_most(what: str, value: str, limit: str, measure: str = "kl", factor: float = 1.0) -> None:
+        if value in rows and limit in rows:
+            most = factor * rows[limit][measure]
+            found = rows[value][measure]
+            checks.append({"what": what, "limit": most, "value": found, "ok": found <= most})
+
+    for name in W8A8[:2]:
+        at_most(f"{name}: perplexity within 1% of full precision", name, "dense", "perplexity", NEAR)
+    at_most("rotation loses less than none", "rtn-w4a4+r_kind=hadamard", "rtn-w4a4")
+    at_most("rotation and GPTQ lose less than GPTQ alone", "gptq-w4a4+r_kind=hadamard", "gptq-w4a4")
+    fixed = "gptq-w4a4+r_kind=hadamard"
+    better = [rows[name]["kl"] for name in ("gptq-w4a4+r_kind=learned", "flatquant-w4a4") if name in rows]
+    if better and fixed in rows:
+        limit, value = rows[fixed]["kl"], min(better)
+        what = "FlatQuant or the learned rotation loses less than the fixed one"
+        checks.append({"what": what, "limit": limit, "value": value, "ok": value < limit})
+    at_most("KV cache at 8 bits: perplexity within 1% of full precision", KV[0], "dense", "perplexity", NEAR)
+    return checks
+
+
+def recovery_checks(rows: Sequence[dict]) -> list[dict]:
+    """The positive control returns under the grid that it was built against, whatever becomes of activations."""
+    checks = []
+    for row in rows:
+        if row["unlearned_by"] == "bucketed" and row["recipe"] in ("rtn-w4a16-g64-plain", "rtn-w4a8-g64-plain"):
+            ok = row["verdict"] == "returned"
+            what = f"bucketed returns under {row['recipe']}"
+            checks.append({"what": what, "limit": "returned", "value": row["verdict"], "ok": ok})
+    return checks
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, said as soon as it is there: the whole takes its time."""
+    said = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+    print(", ".join(said), file=sys.stderr, flush=True)
+    return row
