@@ -111,12 +111,16 @@ def learn(block: Block, grids: Grids, options: FlatQuant) -> Learned:
     Every step sees whole batches of the calibration data, as many as make up options.batch sequences. The same data and
     seed give the same result. Memory: the dense block's outputs on all batches, in the hidden states' dtype; some 40
     bytes for each weight of the block; and what a step's backward pass through the block keeps.
-    Raises ValueError for static activation scales, and for a learning rate at which numbers are no longer finite.
+    Raises ValueError for static activation scales, for a layer with a transform in front of it (rotation.py), and for
+    a learning rate at which numbers are no longer finite.
     """
     if grids.activation is not None:
         if not grids.activation.dynamic:
-            raise ValueError(f"activation: {grids.activation} is static; FlatQuant takes dynamic scales, one per token")
+            raise ValueError("a_dynamic: False does not go with FlatQuant; its scales are made token by token")
         grids = replace(grids, activation=without_data(grids.activation))
+    for name, layer in block.linears.items():
+        if getattr(layer, "transform", None) is not None:
+            raise ValueError(f"r_online: {name} has a transform in front of it already; FlatQuant learns its own")
     inputs, _ = observe(block)
     tokens = {name: inputs[name].tokens if name in inputs else 0 for name in block.linears}
     with torch.no_grad():

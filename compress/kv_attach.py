@@ -9,6 +9,8 @@ values in full at a time.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -31,14 +33,16 @@ NAME = "remanence_kv"
 _PREPARE = "_prepare_cache_for_generation"
 # What some models' attention does beyond softmax(q k) v, and we do not.
 _MORE = ("softcap", "s_aux", "position_bias", "sliding_window")
-# Tokens of the pass that shows how a model makes its keys.
+# Tokens of the passes that show how a model makes its keys and what it makes of them.
 _PROBE = 4
+# Of the output, between attentions that add up in different orders; the root of the dtype's precision, if that is more.
+_SAME = 1e-4
 
 
 @torch.no_grad()
 def attach_kv_(model: PreTrainedModel, spec: KVSpec) -> None:
-    """From now on `generate` and `forward` quantize keys and values, until detach_kv_. Weights and config stay as they
-    are. Runs the model once on four tokens.
+    """From now on `generate` and `forward` quantize keys and values, until detach_kv_; what save_pretrained writes
+    stays the same. Runs the model three times on four tokens, too few for a chunk: what it says must stay what it was.
 
     Raises ValueError for a model that serves so already, whose attention is not transformers' own or is more than
     softmax(q k) v over all earlier tokens, whose heads do not divide into the groups, or that has nothing that
@@ -50,6 +54,8 @@ def attach_kv_(model: PreTrainedModel, spec: KVSpec) -> None:
     AttentionInterface.register(NAME, quantized_attention)
     AttentionMaskInterface.register(NAME, _whole_mask)
     serving = Serving(spec, before=model.config._attn_implementation)
+    with _evaluating(model):
+        expected = _short_pass(model)
     setattr(model, ATTRIBUTE, serving)
     try:
         for module in _indexed(model):
@@ -59,7 +65,9 @@ def attach_kv_(model: PreTrainedModel, spec: KVSpec) -> None:
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             raise ValueError(f"{type(model).__name__}: transformers cannot exchange the attention of this model")
-        _probe(model, serving)
+        with _evaluating(model):
+            _probe(model, serving)
+            _check_same(model, expected, _short_pass(model))
     except BaseException:
         detach_kv_(model)
         raise
@@ -173,22 +181,44 @@ def _check_layers(model: PreTrainedModel) -> None:
         )
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _short_pass(model: PreTrainedModel) -> Tensor:
+    # Tokens that differ: of equal ones attention makes the same whatever its weights.
+    ids = torch.arange(_PROBE, device=model.device)[None]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+
+
+def _check_same(model: PreTrainedModel, expected: Tensor, found: Tensor) -> None:
+    off = float((found.float() - expected.float()).norm() / expected.float().norm())
+    within = max(_SAME, torch.finfo(expected.dtype).eps ** 0.5)
+    if not off <= within:
+        raise ValueError(
+            f"{type(model).__name__}: its attention is more than softmax(q k) v: before anything is rounded, what "
+            f"it says changes by {off:.1e}, above {within:.1e}"
+        )
+
+
 def _probe(model: PreTrainedModel, serving: Serving) -> None:
     """One pass with zeros as the input of every attention: do all layers come to us, with which keys?"""
     serving.probed = {}
     zeroing = [module.register_forward_pre_hook(_zero, with_kwargs=True) for module in _indexed(model)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        ids = torch.zeros(1, _PROBE, dtype=torch.int64, device=model.device)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        _short_pass(model)
         probed = serving.probed
     finally:
         serving.probed = None
         for handle in zeroing:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     layers = model.config.get_text_config().num_hidden_layers
     missing = sorted(set(range(layers)) - set(probed))
     if missing:

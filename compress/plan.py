@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..kernels.ops import pack
 from .block import Block, Hidden, Linear, enter
 from .footprint import Machine, Prediction, peak_rss, reset_peak, rss, steady_heap, trim_heap
-from .rtn import relative_error
-from .sequential import compress_block_, make_block, needs_dense
+from .sequential import compress_block_, make_block, needs_dense, round_
 from .shards import fill_, hollow_
 from .spec import QuantSpec, Recipe
 from .stream import Job, Unit
-from .walk import compressed_weight, quantize_weight, weight_of, within
+from .walk import compressed_weight, weight_of, within
 
 # Tokens that a trial sees, where there are so many; methods that look at a sample of the data look at that many.
 _TOKENS = 2048
@@ -38,6 +36,8 @@ _FEW, _MORE = 2, 6
 _BUFFER, _SLICES = 16 << 20, 6 << 20
 # A part of the output: its header and journal, files made, renamed and synced. Seconds on any disk that syncs.
 _PART_SECONDS = 0.06
+# Bytes of code that writing and checking a part runs for the first time, where no trial has.
+_CODE = 8 << 20
 # Bytes of a header's entry for one tensor.
 _ENTRY = 120
 # Tokens with which a small model is compared with what was written; seconds to make a model of its files, and bytes of
@@ -56,7 +56,7 @@ def plan(job: Job, machine: Machine) -> Prediction:
     trial = _tried(job) if job.recipe.calibrated else _rounded(job)
     trim_heap()
     sizes = [_Size.of(job, unit) for unit in job.units]
-    peaks = [rss() + max(size.peak for size in sizes), trial.peak]
+    peaks = [rss() + max(size.peak for size in sizes) + (0 if job.recipe.calibrated else _CODE), trial.peak]
     final = sum(size.packed for size in sizes)
     entered = _outside_bytes(job) if job.recipe.calibrated or job.small else 0
     if entered:
@@ -110,6 +110,7 @@ def _rounded(job: Job) -> _Trial:
         read += sum(tensor.nbytes for tensor in module.state_dict().values())
         weight = weight_of(module.to(job.device))[: max(1, _WEIGHTS // K)].clone()
         hollow_(module)
+        compressed_weight(name, weight, job.recipe)  # what cannot be is said by the layer's name
         seconds += weights[K] * _mean_seconds(name, weight, job.recipe) / weight.numel()
     return _Trial(seconds, rss(), read / taken)
 
@@ -129,9 +130,10 @@ def _round(name: str, weight: Tensor, recipe: Recipe) -> None:
     if recipe.prune is not None:
         compressed_weight(name, weight, recipe)
         return
-    q = quantize_weight(name, weight, recipe)
-    relative_error(weight, q)
-    pack(q.codes, q.spec.bits)
+    N, K = weight.shape
+    layer = nn.Linear(K, N, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    round_(nn.ModuleDict({"layer": layer}), "layer", layer, recipe)
 
 
 # Calibrated methods: a block with a few batches, and what every further batch takes.

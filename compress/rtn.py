@@ -14,6 +14,9 @@ from .spec import RTN, QuantSpec
 # Weights looked at in one go: what is computed on the way stays in the cache, and no layer is copied whole.
 _SLICE = 1 << 17
 
+# Numbers that are looked at in one go.
+_FINITE = 1 << 18
+
 
 @dataclass(frozen=True)
 class QTensor:
@@ -79,6 +82,10 @@ def relative_error(weight: Tensor, q: QTensor) -> float:
 
 def check_finite(weight: Tensor) -> None:
     """ValueError for NaN or infinity."""
-    for rows in row_slices(weight):
-        if not torch.isfinite(weight[rows]).all():
-            raise ValueError("weight: contains NaN or infinity and cannot be quantized")
+    if not finite(weight):
+        raise ValueError("weight: contains NaN or infinity and cannot be quantized")
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are, in little memory."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(_FINITE))

@@ -23,7 +23,7 @@ from .bnb import bnb_
 from .checkpoint import adopt_
 from .experts import unfuse_experts_
 from .gate import through_gate
-from .rtn import check_finite, relative_error
+from .rtn import check_finite, finite, relative_error
 from .spec import Recipe, Rotation, make_options
 from .walk import check_unshared, fitting_linears, prune_, quant_linear, quantize_weight, replace, weight_of, within
 
@@ -99,7 +99,7 @@ def quantize_(
     check_unshared(model, layers, recipe)
     _check_finite(recipe, layers)
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not finite(parameter):
             raise ValueError(f"{recipe}: {name}: contains NaN or infinity")
     blocks: list[str] = []
     if recipe.calibrated:

@@ -39,6 +39,7 @@ from .files import atomic_dir, publish, read_json, write_json
 from .footprint import available_memory, steady_heap, trim_heap
 from .formats import compressed_tensors as ct
 from .integration import mark
+from .rtn import finite
 from .sequential import LayerReport, check_batches, compress_, compress_block_, make_block, needs_dense, round_
 from .shards import ShardReader, ShardWriter, fill_, hollow_, hollow_model, names
 from .spec import ActivationSpec, QuantSpec, Recipe
@@ -405,7 +406,7 @@ class _Run:
         module = self.job.model.get_submodule(name)
         fill_(module, name, self.job.mapping, self.job.reader)
         for inner, parameter in module.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not finite(parameter):
                 raise ValueError(f"{self.job.recipe}: {_join(name, inner)}: contains NaN or infinity")
         module.to(self.job.device)
 

