@@ -24,8 +24,9 @@ from .smooth import fold_, survey
 from .spec import AWQ, RTN, QuantSpec, Recipe
 from .walk import storage_dtype, weight_of
 
-# Ranges down to this share of the full one. AWQ's authors go down to 0.5, which is too early at 2 bits.
-CLIP_LEAST = 0.3
+# Ranges down to this share of the full one, as AWQ's authors have it: further down a group gains by its own error what
+# its neighbours, which are left out, lose.
+CLIP_LEAST = 0.5
 CLIP_STEPS = 20
 # Widest block of channels whose second moments are kept; wider groups (a whole row) are judged block by block.
 _WIDEST = 512
