@@ -45,6 +45,17 @@ _FIELDS = (
 )
 
 
+class _Strict(yaml.SafeLoader):
+    """Refuses a field that is there twice, of which the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise ValueError(f"{key}: is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(text: str) -> Recipe:
     """A recipe from its short name, or from the YAML file that `text` names (it ends in .yaml or .yml).
 
@@ -64,7 +75,7 @@ def read_recipe(text: str) -> Recipe:
 def from_yaml(text: str) -> Recipe:
     """A recipe from YAML; ValueError names the field that is unknown, missing or wrong."""
     try:
-        given = yaml.safe_load(text)
+        given = yaml.load(text, _Strict)
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):

@@ -69,7 +69,7 @@ class Rotated:
 
     def told(self) -> str:
         """What a person should know, in a line."""
-        loss = [] if self.after is None else [f"loss {self.before:.4g} -> {self.after:.4g} by learning"]
+        loss = [] if self.after is None else [f"KL {self.before:.4g} -> {self.after:.4g} nats by learning"]
         return "; ".join([*loss, *self.notes])
 
 

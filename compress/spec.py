@@ -443,6 +443,8 @@ class Recipe:
     def _check_activation(self, activation: ActivationSpec) -> None:
         if self.spec is None:
             raise ValueError(f"activation: {activation} goes with integer weights, not with {self.method}")
+        if not activation.dynamic and self.method == "flatquant":
+            raise ValueError("a_dynamic: flatquant learns with a grid per token; expected true")
         if activation.calibrated and not self.calibrated:
             wanted = "a_search" if activation.search else "a_dynamic" if not activation.dynamic else "a_fallback"
             raise ValueError(f"{wanted}: needs data, and {self.method} takes none; e.g. smoothquant-w8a8")
@@ -450,6 +452,8 @@ class Recipe:
     def _check_rotation(self, rotation: Rotation) -> None:
         if self.spec is None:
             raise ValueError(f"rotation: goes with integer weights, not with {self.method}")
+        if rotation.online and self.method == "flatquant":
+            raise ValueError("r_online: flatquant puts a map of its own in front of every layer")
         if rotation.kind == "learned" and not self.calibrated:
             raise ValueError(f"r_kind: learned needs data, and {self.method} takes none; e.g. gptq-w4a4+r_kind=learned")
         if rotation.kind == "learned" and (self.activation is None or not self.activation.dynamic):
@@ -644,7 +648,7 @@ def make_options(method: str, given: dict[str, object], defaults: Options | None
     return _with(options, given)
 
 
-PARTS = {"activation": ActivationSpec(8), "rotation": Rotation(), "gate": Gate(), "kv": KVSpec(8)}
+PARTS: dict[str, Any] = {"activation": ActivationSpec(8), "rotation": Rotation(), "gate": Gate(), "kv": KVSpec(8)}
 
 
 def make_part(name: str, given: dict[str, object]) -> Any:

@@ -93,7 +93,8 @@ class Encoder:
             while at > begin and spans[at][0] < spans[at - 1][1]:
                 at -= 1
             if at <= begin:
-                raise ValueError(f"text {text[:40]!r}... has a character that {self.max_length} tokens do not hold")
+                most = min(self.max_length, longest)
+                raise ValueError(f"text {text[:40]!r}... has a character that {most} tokens do not hold")
             cuts.append(spans[at - 1][1])
             begin = at
         return [text[start:end] for start, end in pairwise([*cuts, len(text)]) if text[start:end].strip()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -196,21 +197,31 @@ def show_layers(layers: Sequence[dict[str, Any]], file: IO[str]) -> None:
 
     shown = sorted(layers, key=lambda layer: -(layer["error"] or 0))[:_ROWS] if len(layers) > _ROWS else layers
     title = f"layers: the {_ROWS} of {len(layers)} with the largest error" if len(layers) > _ROWS else "layers"
+    # Most names begin alike; what they share is said once.
+    heads = [layer["name"].split(".")[:-1] for layer in shown if layer["of"] != "logits"]
+    shared = ".".join(same[0] for same in takewhile(lambda parts: len(set(parts)) == 1, zip(*heads)))
+    kinds = {layer["of"] for layer in shown if layer["error"] is not None}
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "layer": lambda layer: layer["name"],
-        "relative error": lambda layer: "" if layer["error"] is None else f"{layer['error']:.2e} of {layer['of']}",
-        "input": lambda layer: (
-            "" if layer["input_error"] is None else f"{layer['input_error']:.2e} in {layer['input_bits']} bits"
-        ),
+        "layer": lambda layer: layer["name"].removeprefix(f"{shared}."),
+        f"error of\n{kinds.pop()}" if len(kinds) == 1 else "error": lambda layer: _short(layer["error"]),
+        "of": lambda layer: layer["of"] if len(kinds) > 1 and layer["error"] is not None else "",
+        "error by\ninput": lambda layer: _short(layer["input_error"]),
+        "bits": lambda layer: "" if layer["bits"] is None else f"w{layer['bits']}a{layer['input_bits']}",
         "spread": lambda layer: "" if layer["spread"] is None else f"{layer['spread']:.2f}",
         "damp": lambda layer: "" if layer["damp"] is None else f"{layer['damp']:g}",
         "seconds": lambda layer: f"{layer['seconds']:.2f}",
         "note": lambda layer: layer["note"],
     }
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{title}, in {shared}" if shared else title, title_justify="left")
     filled = {name: text for name, text in columns.items() if any(text(layer) for layer in shown)}
     for name in filled:
-        table.add_column(name, justify="left" if name in ("layer", "note") else "right", overflow="fold")
+        wide = name in ("layer", "note")
+        justify: Any = "left" if wide or name == "of" else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=not wide)
     for layer in shown:
         table.add_row(*(text(layer) for text in filled.values()))
     Console(file=file).print(table)
+
+
+def _short(error: float | None) -> str:
+    return "" if error is None else f"{error:.1e}"

@@ -44,6 +44,7 @@ def test_what_is_left_out_is_the_default():
         ("- gptq", "not a recipe"),
         ("", "not a recipe"),
         ("bits: 4", "method: missing"),
+        ("method: rtn\nbits: 4\nbits: 3", "bits: is there twice"),
         ("method: magic\nbits: 4", "method: 'magic' is not one of"),
         ("method: rtn\nbits: 4\ngroupsize: 64", "groupsize: no field of a recipe"),
         ("method: rtn", "bits: None does not go with rtn"),

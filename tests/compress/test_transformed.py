@@ -210,6 +210,8 @@ def test_few_bits_in_weights_activations_and_cache_together(untrained):
         ("gptq-w4a16+r_kind=learned", "r_kind: learned goes with activations"),
         ("dense+r_kind=hadamard", "rotation: goes with integer weights, not with dense"),
         ("rtn-w4a4+r_kind=givens", "r_kind: 'givens' is not one of hadamard, orthogonal, learned"),
+        ("flatquant-w4a4+r_kind=hadamard+r_online=true", "r_online: flatquant puts a map of its own"),
+        ("flatquant-w4a4+a_dynamic=false", "a_dynamic: flatquant learns with a grid per token"),
         ("rtn-w4a4+g_draws=3", "gate: is about calibration data, and rtn takes none"),
         ("gptq-w4a4+g_draws=1", "g_draws: 1 is below 2"),
         ("gptq-w4a4+g_limit=0.5", "g_limit: 0.5 is below 1"),
