@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,8 @@ def check_batches(recipe: Recipe, batches: Sequence[Tensor], model: PreTrainedMo
     for i, ids in enumerate(batches):
         if ids.dim() != 2 or not ids.numel():
             raise ValueError(f"calibration: batch {i} has the shape {list(ids.shape)}; expected [sequences, tokens]")
-    known = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
     largest = max(int(ids.max()) for ids in batches)
     if largest >= known:
         raise ValueError(f"calibration: token {largest}, but the model embeds {known}; is the tokenizer its own?")
@@ -265,8 +266,8 @@ def _quantize_block_(block: Block, recipe: Recipe) -> list[LayerReport]:
         report = LayerReport(
             f"{block.name}.{name}", found.error, of, 0.0, found.damp, found.note, bits=found.q.spec.bits
         )
-        how = (None, None) if rounding is None else (rounding.activation, rounding.static)
-        replace(block.module, name, quant_linear(dense, found.q, *how, found.transform))
+        activation, static = (None, None) if rounding is None else (rounding.activation, rounding.static)
+        replace(block.module, name, quant_linear(dense, found.q, activation, static, found.transform))
         reports.append(report if rounding is None else with_rounding(report, rounding))
         del dense
     return reports
