@@ -226,6 +226,7 @@ def test_axes(tmp_path, axis):
     assert len(starts) == (2 if axis == "sustainability" else 1)
 
 
+@pytest.mark.slow
 def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
     """Given by path, as a user would: the audit must not take a target for unlearned."""
     models = demo_models(cache)
@@ -255,7 +256,11 @@ def test_a_recipe_that_a_model_cannot_take_is_a_failed_cell(cache, tmp_path):
     assert "failed" in done.stdout
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signal_number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+    ids=lambda s: s.name,
+)
 def test_an_interrupted_audit_goes_on_where_it_stood(cache, tmp_path, signal_number):
     """Stopped while it unlearns: what was finished stays, nothing half-done is left, the same command ends."""
     store, out = tmp_path / "store", tmp_path / "out"
