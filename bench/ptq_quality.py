@@ -70,17 +70,15 @@ def run(
     batches = windows(tokenizer, learned, min(LENGTH, shape.max_length), SEQUENCES, seed)
     write_calibration(place / "calibration.safetensors", batches)
     judge = _Judge(target, tokenizer, held_out[:HELD_OUT], shape.max_length)
-    rows = [_told({"method": "dense", "by": "", **judge.of(load_model(target))})]
+    rows = [told({"method": "dense", "by": "", **judge.of(load_model(target))})]
     for name in methods or METHODS:
         for width in bits:
             for group_size in GROUP_SIZES:
                 cell = {"method": name, "bits": width, "group_size": group_size}
-                rows.append(
-                    _told({**cell, "by": "remanence", **_ours(name, width, group_size, target, batches, judge)})
-                )
+                rows.append(told({**cell, "by": "remanence", **_ours(name, width, group_size, target, batches, judge)}))
                 for peer in peers:
                     job = _job(name, width, group_size, place, peer)
-                    rows.append(_told({**cell, "by": peer, **_theirs(peer, job, cache, judge)}))
+                    rows.append(told({**cell, "by": peer, **_theirs(peer, job, cache, judge)}))
     return rows, [check for row in rows if row["by"] == "remanence" for check in _checks(row, rows)]
 
 
@@ -186,7 +184,7 @@ def trained(
     return model.eval()
 
 
-def _told(row: dict[str, Any]) -> dict[str, Any]:
+def told(row: dict[str, Any]) -> dict[str, Any]:
     """The row, said as soon as it is there: the whole takes its time."""
     said = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
     print(", ".join(said), file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ after unlearning, under the same schemes (as ptq_recovery.py).
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from ..compress.spec import Recipe, parse_recipe
 from ..unlearn.demo import DemoConfig, byte_bpe
 from . import ptq_recovery
 from .perplexity import perplexity
-from .ptq_quality import HELD_OUT, LEARNED, SHAPE, trained, windows
+from .ptq_quality import HELD_OUT, LEARNED, SHAPE, told, trained, windows
 from .texts import texts
 
 PARTS = ("quality", "recovery")
@@ -122,7 +121,7 @@ def quality(
     dense = with_outliers_(trained(tokenizer, learned, seed, shape, epochs), batches, seed)
     save_model(dense, tokenizer, target)
     judged = windows(tokenizer, held_out, length, 32, seed)
-    rows = [_told({"recipe": "dense", **_judge(dense, dense, tokenizer, held_out, judged)})]
+    rows = [told({"recipe": "dense", **_judge(dense, dense, tokenizer, held_out, judged)})]
     for recipe in recipes:
         reports: list[LayerReport] = []
         start = time.perf_counter()
@@ -135,7 +134,7 @@ def quality(
         errors = [report.input_error for report in reports if report.input_error is not None]
         if errors:
             row |= {"worst_input": max(errors), "eight": sum(report.input_bits == 8 for report in reports)}
-        rows.append(_told(row))
+        rows.append(told(row))
     return rows
 
 
@@ -218,10 +217,3 @@ def recovery_checks(rows: Sequence[dict]) -> list[dict]:
             what = f"bucketed returns under {row['recipe']}"
             checks.append({"what": what, "limit": "returned", "value": row["verdict"], "ok": ok})
     return checks
-
-
-def _told(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, said as soon as it is there: the whole takes its time."""
-    said = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
-    print(", ".join(said), file=sys.stderr, flush=True)
-    return row

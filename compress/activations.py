@@ -60,20 +60,17 @@ def settle(block: Block, wanted: ActivationSpec, solved: Mapping[str, Solved]) -
     """The rounding of every layer's input in a block whose weights are solved and not replaced yet."""
     rows, low, high = _observe(block, list(solved))
     found = {}
-    asked = wanted
     for name, part in solved.items():
-        wanted = asked
         if name not in rows:
             found[name] = Rounding(without_data(wanted), note="its input was never seen: rounded token by token")
             continue
         x, weight = rows[name].float(), part.q.dequantize()
         if part.transform is not None:
             x = part.transform(x)
-        if part.clip is not None:
-            wanted = replace(wanted, clip=part.clip, search=False)
-        made = _settled(x, weight, wanted, low[name], high[name])
+        asked = wanted if part.clip is None else replace(wanted, clip=part.clip, search=False)
+        made = _settled(x, weight, asked, low[name], high[name])
         if wanted.fallback is not None and wanted.bits < 8 and made.error is not None and made.error > wanted.fallback:
-            eight = _settled(x, weight, replace(wanted, bits=8), low[name], high[name])
+            eight = _settled(x, weight, replace(asked, bits=8), low[name], high[name])
             note = f"input in 8 bits: error {made.error:.2g} in {wanted.bits}"
             made = replace(eight, note=", ".join(filter(None, [note, eight.note])))
         found[name] = made

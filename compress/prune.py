@@ -6,9 +6,9 @@ once here, without training in between). The result is a dense weight with zeros
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .rtn import finite
 from .spec import PruneSpec
 
 
@@ -18,7 +18,7 @@ def magnitude(weight: Tensor, spec: PruneSpec) -> Tensor:
     Among equal ones the first in row-major order go, so that the count is exact; zeros that were there already count,
     and all of them stay. Same shape and dtype. Raises ValueError for NaN or infinity.
     """
-    if not torch.isfinite(weight).all():
+    if not finite(weight):
         raise ValueError("weight: contains NaN or infinity and cannot be pruned")
     sizes = weight.detach().abs().flatten()
     count = round(spec.percent * sizes.numel() / 100)

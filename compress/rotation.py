@@ -56,7 +56,7 @@ class Rotated:
     keeps_mean   the stream's keeps the mean over channels: there is a LayerNorm
     difference   of the logits of random tokens, largest, of the largest logit; in float32 whatever the model's dtype
     notes        what was left out, and why
-    before, after   loss of the quantized model with the random rotation, and with the one learned from there
+    before, after   KL in nats of the quantized model with the random rotation, and with the one learned from there
     """
 
     rotation: Rotation

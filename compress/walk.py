@@ -17,7 +17,7 @@ from .experts import routers, unfuse_experts_
 from .hqq import hqq
 from .linear import QuantLinear
 from .prune import magnitude
-from .rtn import QTensor, rtn
+from .rtn import QTensor, finite, rtn
 from .spec import HEAD, ActivationSpec, PruneSpec, QuantSpec, Recipe
 
 # Quantizers that need the weight alone; the calibrated ones are in sequential.py.
@@ -88,7 +88,7 @@ def prune_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     for name, module in layers:
         if module.weight is embeddings:
             raise ValueError(f"{recipe}: {name}: its weight is also the input embedding, not to be pruned")
-        if not torch.isfinite(module.weight).all():
+        if not finite(module.weight):
             raise ValueError(f"{recipe}: {name}: weight: contains NaN or infinity and cannot be pruned")
     for name, module in layers:
         prune_layer_(name, module, recipe)
