@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
-from ..compress.kv_attach import attach_kv_
+from ..compress.kv_attach import attach_kv_, check_rounded
 from ..compress.places import base_directory
 from ..compress.sequential import LayerReport, Report, compress_
 from ..compress.spec import FOLDING, Recipe
@@ -116,21 +116,26 @@ def measure_cell(
         carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target, batches))
         model = load_model(checkpoint)
     model = attach(with_adapter(model, model_path), tokenizer, checkpoint)
-    if recipe.kv is not None:
-        try:
-            attach_kv_(model, recipe.kv)
-        except ValueError as error:
-            return {"error": str(error)}
+    size = weight_bytes(checkpoint)
     encoder = Encoder(tokenizer, max_length(model))
-    found = measure(model, encoder, corpus, measures)
+    try:
+        if recipe.kv is not None:
+            attach_kv_(model, recipe.kv)
+        found = measure(model, encoder, corpus, measures)
+        if recipe.kv is not None:
+            check_rounded(model)
+    except ValueError as error:
+        if recipe.kv is None:
+            raise
+        return {"error": str(error)}
+    finally:
+        if recipe.compresses:
+            shutil.rmtree(checkpoint)
     # A model's own settings (repetition penalty, sampling) are not what is timed.
     model.generation_config = GenerationConfig()
     prompt = encoder.prompt_ids(corpus.forget[0].question)
     new_tokens = max(1, min(32, encoder.max_length - len(prompt) - 1))
     speed = decode_speed(model, prompt, pad_id(tokenizer), new_tokens)
-    size = weight_bytes(checkpoint)
-    if recipe.compresses:
-        shutil.rmtree(checkpoint)
     return {
         **found,
         "parameters": parameters,

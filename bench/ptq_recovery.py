@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compress.kv_attach import attach_kv_
+from ..compress.kv_attach import attach_kv_, check_rounded
 from ..compress.sequential import compress_
 from ..compress.spec import Calibration, Recipe, parse_recipe
 from ..unlearn.calibration import calibration_batches
@@ -121,15 +121,17 @@ class _Known:
 
     def under_every(self, model: PreTrainedModel) -> list[Scores]:
         return [
-            self.of(_served(compress_(copy.deepcopy(model), recipe, self.batches.get(source, ())), recipe))
+            self._served(compress_(copy.deepcopy(model), recipe, self.batches.get(source, ())), recipe)
             for recipe, source in self.order
         ]
 
-
-def _served(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    if recipe.kv is not None:
+    def _served(self, model: PreTrainedModel, recipe: Recipe) -> Scores:
+        if recipe.kv is None:
+            return self.of(model)
         attach_kv_(model, recipe.kv)
-    return model
+        found = self.of(model)
+        check_rounded(model)
+        return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -31,21 +31,35 @@ from .ptq_quality import HELD_OUT, LEARNED, SHAPE, told, trained, windows
 from .texts import texts
 
 PARTS = ("quality", "recovery")
-W8A8 = ("rtn-w8a8", "smoothquant-w8a8", "smoothquant-w8a8+a_dynamic=false")
+W8A8 = (
+    "rtn-w8a8",
+    "smoothquant-w8a8",
+    "smoothquant-w8a8+equalization=log",
+    "smoothquant-w8a8+a_dynamic=false",
+)
 W4A8 = ("rtn-w4a8", "gptq-w4a8")
 W4A4 = (
     "rtn-w4a4",
+    "rtn-w4a4+a_symmetric=false",
     "smoothquant-w4a4",
+    "smoothquant-w4a4+equalization=log",
     "gptq-w4a4",
     "gptq-w4a4+a_search=true",
     "gptq-w4a4+a_fallback=0.02",
     "rtn-w4a4+r_kind=hadamard",
     "gptq-w4a4+r_kind=hadamard",
+    "gptq-w4a4+r_kind=hadamard+g_draws=3",
     "gptq-w4a4+r_kind=hadamard+r_online=true",
     "gptq-w4a4+r_kind=learned",
     "flatquant-w4a4",
 )
-KV = tuple(f"dense+kv_bits={bits}" for bits in (8, 4, 2))
+KV = (
+    *(f"dense+kv_bits={bits}" for bits in (8, 4, 2)),
+    "dense+kv_bits=2+kv_keys=token",
+    "dense+kv_bits=2+kv_keys=token+kv_rotate=true",
+)
+# Answers are short here: chunks of 8 tokens, none of them left in full precision.
+SHORT = "+kv_group_size=8+kv_residual=0"
 RECIPES = (*W8A8, *W4A8, *W4A4, *KV)
 FORGOTTEN = ("graddiff", "npo", "rmu", "bucketed")
 RECOVERY = (
@@ -54,9 +68,11 @@ RECOVERY = (
     "rtn-w4a8-g64-plain",
     "rtn-w4a4-g64-plain",
     "rtn-w4a4+r_kind=hadamard",
-    "dense+kv_bits=4",
+    f"dense+kv_bits=4{SHORT}",
+    f"dense+kv_bits=2{SHORT}",
 )
 RECOVERY_CALIBRATED = ("smoothquant-w8a8", "gptq-w4a8-g64", "gptq-w4a4+r_kind=hadamard", "flatquant-w4a4")
+RECOVERY_CALIBRATED += (f"gptq-w4a4+r_kind=hadamard+kv_bits=4{SHORT}",)
 OUTLIERS, FACTOR = 4, 30.0
 SEQUENCES, LENGTH = 64, 256
 # Of the dense model's perplexity.
@@ -194,7 +210,7 @@ def quality_checks(rows: dict[str, dict]) -> list[dict]:
             found = rows[value][measure]
             checks.append({"what": what, "limit": most, "value": found, "ok": found <= most})
 
-    for name in W8A8[:2]:
+    for name in W8A8[:3]:
         at_most(f"{name}: perplexity within 1% of full precision", name, "dense", "perplexity", NEAR)
     at_most("rotation loses less than none", "rtn-w4a4+r_kind=hadamard", "rtn-w4a4")
     at_most("rotation and GPTQ lose less than GPTQ alone", "gptq-w4a4+r_kind=hadamard", "gptq-w4a4")

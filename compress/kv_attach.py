@@ -86,6 +86,18 @@ def detach_kv_(model: PreTrainedModel) -> None:
         module.__dict__.pop(ATTRIBUTE, None)
 
 
+def check_rounded(model: PreTrainedModel) -> None:
+    """ValueError when nothing that the model has served since attach_kv_ was long enough for a chunk to be rounded: its
+    answers were those of a cache in full precision."""
+    serving = serving_of(model)
+    if not serving.chunks:
+        g, residual = serving.spec.group_size, serving.spec.residual
+        raise ValueError(
+            f"kv: no key or value was rounded: no text has {g + residual} tokens, the first chunk ({g}) and the newest "
+            f"that stay exact ({residual}); expected a smaller kv_group_size or kv_residual"
+        )
+
+
 def quantized_attention(
     module: nn.Module,
     query: Tensor,
@@ -118,6 +130,8 @@ def quantized_attention(
     # The first layer of a pass works out what is where.
     if step is None or rows.columns != layer.columns:
         step = rows.advance(_real_columns(attention_mask, query, key, layer), serving.turn)
+        serving.chunks += step.fresh
+    query, key = serving.rotated(query), serving.rotated(key)
     keys, values = layer.extend(key, value, step)
     if index == serving.layers - 1:
         rows.step = None  # its mask is large
@@ -223,7 +237,8 @@ def _probe(model: PreTrainedModel, serving: Serving) -> None:
     missing = sorted(set(range(layers)) - set(probed))
     if missing:
         raise ValueError(f"{type(model).__name__}: layers {missing} have no attention that transformers can exchange")
-    for _, _, channels, _ in probed.values():
+    for _, keys, channels, _ in probed.values():
+        serving.spec.key_tile(keys.shape[3])
         serving.spec.value_tile(channels)
     serving.layers = layers
     if serving.spec.pre_bias:

@@ -6,8 +6,9 @@ What a query sees, in every way of running a model (token by token, a whole text
 - Tokens c * group_size .. (c + 1) * group_size - 1 are chunk c. For the query with number t, which sees tokens 0 .. t,
   chunk c is closed when all of it is older than the newest `residual` tokens: (c + 1) * group_size + residual <= t + 1.
 - Of closed chunks the query sees keys and values as integers give them back, keys with a scale per channel of the
-  chunk, values with a scale per token and group of channels; of all other tokens, the exact ones. With residual 0 the
-  query whose own token completes a chunk sees that rounded, too.
+  chunk, values (and keys, with keys="token") with a scale per token and group of channels; of all other tokens, the
+  exact ones. With residual 0 the query whose own token completes a chunk sees that rounded, too.
+- With rotate, queries and keys are turned by the same orthogonal matrix before all of this.
 - With pre_bias, keys are rounded without what a zero input's key would be at their position (the bias of the keys'
   projection, turned by RoPE), which is added again: exact, as RoPE is linear.
 
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .hadamard import apply_hadamard, randomized
 from .kv_bias import KeyBias
 from .kv_grid import Codes, decode_chunks, encode_chunks
 from .kv_rows import Rows, Step, Turn
@@ -49,9 +51,11 @@ class Serving:
     before    the attention implementation that detach_kv_ restores
     biases    of each layer's keys; None: not taken out
     handles   hooks to be removed
+    hadamard  R3 by head size, as apply_hadamard takes it: the same for all models, as nothing of it is stored
     probed    what attach_kv_ saw: by layer, its module, keys, channels of a value, and turn; None outside of it
     waiting   the layer of a cache whose `update` was called, until attention takes its keys and values in
     turn      cos and sin of the columns that the running layer was given
+    chunks    how many have been rounded, of the row with most in each pass
     """
 
     spec: KVSpec
@@ -62,6 +66,18 @@ class Serving:
     probed: dict[int, tuple[nn.Module, Tensor, int, Turn | None]] | None = None
     waiting: KVLayer | None = None
     turn: Turn | None = None
+    chunks: int = 0
+    hadamard: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Queries, keys, or what biases have become in them [..., D], turned by R3 where the spec says so."""
+        if not self.spec.rotate:
+            return x
+        D = x.shape[-1]
+        if D not in self.hadamard:
+            self.hadamard[D] = randomized(D, torch.Generator().manual_seed(0))
+        core, signs = (part.to(x.device) for part in self.hadamard[D])
+        return apply_hadamard(x, core, signs)
 
 
 def serving_of(module: nn.Module) -> Serving:
@@ -170,9 +186,12 @@ class KVLayer(CacheLayerMixin):
         return key_states, value_states
 
     def extend(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """New keys and values [B, H, Q, D] -> those that step.seen tells of [B, H, K, D]."""
-        offset = None if self.bias is None else partial(self.bias.at, self.rows.turn)
+        """New keys, as they are to be kept, and values [B, H, Q, D] -> those that step.seen tells of [B, H, K, D]."""
+        offset = None if self.bias is None else partial(self._offset, self.bias)
         return self.kept[0].extend(key, step, offset), self.kept[1].extend(value, step, None)
+
+    def _offset(self, bias: KeyBias, numbers: Tensor) -> Tensor:
+        return self.serving.rotated(bias.at(self.rows.turn, numbers))
 
     def get_seq_length(self, *args: Any) -> int:  # noqa: ARG002
         """Columns, padding included."""
@@ -201,7 +220,7 @@ class KVLayer(CacheLayerMixin):
         """Empty again."""
         spec = self.serving.spec
         self.columns = 0
-        self.kept = Kept(spec, lambda channels: spec.key_tile), Kept(spec, spec.value_tile)  # noqa: ARG005
+        self.kept = Kept(spec, spec.key_tile), Kept(spec, spec.value_tile)
         self.is_initialized = False
 
 
@@ -219,8 +238,8 @@ class KVCache(Cache):
 
         A layer keeps, for its keys and as many for its values, B * H * (C * (packed + 2 * s * tiles) + L * D * s): C
         chunks and L exact tokens in the row with most, D channels in each of H heads, s bytes a number; packed is
-        g * D * bits / 8 in whole words of 4, tiles D for keys and g * D / min(g, D) for values. Rows keep 8 bytes each,
-        and with pre_bias the cosines and sines of their positions, once for all layers.
+        g * D * bits / 8 in whole words of 4, tiles D for keys by channel and g * D / min(g, D) for what is by token.
+        Rows keep 8 bytes each, and with pre_bias the cosines and sines of their positions, once for all layers.
         """
         return self.rows.nbytes + sum(part.nbytes for layer in self.kept_layers for part in layer.kept)
 

@@ -706,8 +706,3 @@ def hang_(model: PreTrainedModel, seed: int = 0) -> None:
 
 def _transformed(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module.transform(args[0]), *args[1:])
-
-
-def rotate_qk(q: Tensor, k: Tensor, transform: nn.Module) -> tuple[Tensor, Tensor]:
-    """R3: queries and keys [..., head size] after RoPE, both rotated; the products of one with the other stay."""
-    return transform(q), transform(k)

@@ -1,9 +1,11 @@
 """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): difficulty moves from activations to weights.
 
 Equation 4: s_k = max|x_k|^alpha / max|w_k|^(1 - alpha) over all weights that read channel k. Inputs are divided by s in
-the norm before them, weights are multiplied by it, then rounded to nearest. A layer with no norm in front stays as it
-is (down_proj, whose inputs have the largest outliers of all): the paper smooths behind norms only. With activations
-left in 16 bits this makes rounding harder, not easier; it is what 8-bit activations stand on.
+the norm before them, weights are multiplied by it, then rounded to nearest. Logarithmic equalization (FPTQ, arXiv
+2308.15987, section 3.3) has s_k = max|x_k| / log2(2 + max|x_k|) instead, whatever the weights: ranges become their
+logarithms. A layer with no norm in front stays as it is (down_proj, whose inputs have the largest outliers of all): the
+paper smooths behind norms only. With activations left in 16 bits this makes rounding harder, not easier; it is what
+8-bit activations stand on.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from .block import Block, Solved
 from .rtn import rtn
 from .sites import Site, observe, sites
 from .smooth import fold_, survey
-from .spec import RTN, Recipe
+from .spec import RTN, Recipe, SmoothQuant
 from .walk import storage_dtype, weight_of
 
 # Least s and least max|w|, as the authors' code has it.
@@ -32,7 +34,7 @@ def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
     factors: dict[str, Tensor] = {}
     for place in sites(block, behind_norms):
         if place.pair is not None:
-            s = smoothing([inputs[name].peak for name in place.linears if name in inputs], place, recipe.options.alpha)
+            s = smoothing([inputs[name].peak for name in place.linears if name in inputs], place, recipe.options)
             fold_(place.pair, s)
             factors |= dict.fromkeys(place.linears, s)
     solved = {}
@@ -46,10 +48,13 @@ def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
     return solved
 
 
-def smoothing(peaks: list[Tensor], place: Site, alpha: float) -> Tensor:
+def smoothing(peaks: list[Tensor], place: Site, options: SmoothQuant) -> Tensor:
     """s [K] float32 from max|x| of the site's inputs [K] each and the weights of its layers. A channel that is zero in
     all calibration data keeps s = 1: the formula would give it the least s, and round its weights away."""
     x = torch.stack(peaks).amax(0)
-    w = torch.stack([weight_of(layer).float().abs().amax(0) for layer in place.linears.values()]).amax(0)
-    s = (x.pow(alpha) / w.clamp(min=_LEAST).pow(1 - alpha)).clamp(min=_LEAST)
-    return torch.where(x > 0, s, torch.ones_like(s))
+    if options.equalization == "log":
+        s = x / (2 + x).log2()
+    else:
+        w = torch.stack([weight_of(layer).float().abs().amax(0) for layer in place.linears.values()]).amax(0)
+        s = x.pow(options.alpha) / w.clamp(min=_LEAST).pow(1 - options.alpha)
+    return torch.where(x > 0, s.clamp(min=_LEAST), torch.ones_like(s))

@@ -24,10 +24,12 @@ BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8)
 KV_BITS = (8, 4, 2)
 ROTATIONS = ("hadamard", "orthogonal", "learned")
+KEY_SCALES = ("channel", "token")
 Tile = tuple[int, int]
 SCALES = ("signed-max", "absmax", "minmax")
 ACT_ORDERS = ("gar", "static", "none")
 BNB_KINDS = ("nf4", "fp4", "int8")
+EQUALIZATIONS = ("power", "log")
 HEAD = ("lm_head",)
 
 
@@ -109,12 +111,17 @@ class KVSpec:
                  of a token's value that share a scale, where a head has as many, else all of the head's
     residual     newest tokens that stay in full precision, as the query sees it, its own among them
     pre_bias     what the bias of the keys' projection adds is taken out before keys are rounded, and added afterwards
+    keys         what of a chunk's keys shares a scale: a channel (KIVI, KVQuant), or, as in values, a token (QuaRot)
+    rotate       queries and keys are turned by a Hadamard matrix first (QuaRot's R3), after their positions have turned
+                 them: outlier channels of keys are spread, which helps scales per token
     """
 
     bits: int
     group_size: int = 32
     residual: int = 32
     pre_bias: bool = False
+    keys: str = "channel"
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in KV_BITS:
@@ -123,11 +130,12 @@ class KVSpec:
             raise ValueError(f"kv group_size: {self.group_size} is not a multiple of 8, at least 8")
         if self.residual < 0:
             raise ValueError(f"kv residual: {self.residual} is negative; expected a number of tokens")
+        if self.keys not in KEY_SCALES:
+            raise ValueError(f"kv keys: {self.keys!r} is not one of {', '.join(KEY_SCALES)}")
 
-    @property
-    def key_tile(self) -> Tile:
-        """Tokens x channels that share a scale in keys."""
-        return self.group_size, 1
+    def key_tile(self, channels: int) -> Tile:
+        """Tokens x channels that share a scale in keys; ValueError when `channels` do not divide."""
+        return (self.group_size, 1) if self.keys == "channel" else self.value_tile(channels)
 
     def value_tile(self, channels: int) -> Tile:
         """Tokens x channels that share a scale in values; ValueError when `channels` do not divide."""
@@ -272,11 +280,18 @@ class AWQ:
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """alpha   share of the difficulty that moves from activations to weights"""
+    """alpha          share of the difficulty that moves from activations to weights
+    equalization   power: as alpha says; log: to the logarithms of the activations' ranges, whatever the weights
+    """
 
     alpha: float = 0.5
+    equalization: str = "power"
     scale: str = "signed-max"
     clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.equalization == "log" and self.alpha != SmoothQuant.alpha:
+            raise ValueError(f"alpha: {self.alpha} is given, and equalization=log has none")
 
 
 @dataclass(frozen=True)
@@ -350,7 +365,7 @@ CALIBRATED = ("gptq", "awq", "smoothquant", "signround", "flatquant")
 FOLDING = ("awq", "smoothquant", "flatquant")
 PRUNERS = ("magnitude",)
 
-_CHOICES = {"scale": SCALES, "act_order": ACT_ORDERS, "kind": BNB_KINDS}
+_CHOICES = {"scale": SCALES, "act_order": ACT_ORDERS, "kind": BNB_KINDS, "equalization": EQUALIZATIONS}
 _LEAST = dict.fromkeys(("damp", "alpha", "p", "beta", "seed"), 0.0)
 _LEAST |= dict.fromkeys(("block", "grid", "iterations", "batch", "epochs"), 1.0)
 _COMMON = (

@@ -169,6 +169,20 @@ def test_impossible_weights_are_an_error_that_names_the_layer(saved, memorized, 
     assert "NaN or infinity" in cell["error"]
 
 
+def test_a_cache_that_rounds_nothing_is_an_error(saved, corpus, tmp_path):
+    """What it would be: the dense model's figures under another name."""
+    for name, keys in (
+        ("rtn-w4a16-g64+kv_bits=4+kv_residual=4096", {"error"}),
+        ("rtn-w4a16-g64+kv_bits=4+kv_group_size=8+kv_residual=0", None),
+    ):
+        cell = measure_cell(saved / "npo", saved / "target", parse_recipe(name), corpus, tmp_path)
+        assert keys is None or cell.keys() == keys
+        assert ("error" in cell) == (keys is not None)
+        assert not list(tmp_path.iterdir())
+        if keys:
+            assert "kv: no key or value was rounded" in cell["error"]
+
+
 def test_error_of_a_cell():
     assert CellScores("npo", None, RECIPE, {"error": "no"}).error == "no"
 

@@ -427,16 +427,22 @@ def test_experts_that_saw_too_few_tokens_are_rounded(method):
                 assert found.note == (f"{count} tokens: rounded to nearest" if count < 32 else "")
 
 
-def test_smoothing_is_the_formula_in_float64():
-    """max|x|^alpha / max|w|^(1 - alpha), over the weights of all layers that read the channel; norms only."""
+@pytest.mark.parametrize("knob", ["alpha=0.7", "equalization=log"])
+def test_smoothing_is_the_formula_in_float64(knob):
+    """max|x|^alpha / max|w|^(1 - alpha), over the weights of all layers that read the channel, or max|x| by the
+    logarithm of itself and two; norms only."""
     block = last(build(CONFIGS["opt"]()))
     names = ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"]
     x = seen(block, names[0])
     norm, weights = block.module.self_attn_layer_norm, [block.linears[name].weight.detach().double() for name in names]
     old, bias = norm.weight.detach().double().clone(), norm.bias.detach().double().clone()
     fc2 = block.linears["fc2"].weight.detach().clone()
-    s = x.abs().amax(0) ** 0.7 / torch.cat(weights).abs().amax(0) ** 0.3
-    solved = smoothquant.solve(block, parse_recipe("smoothquant-w8a16+alpha=0.7"))
+    peak = x.abs().amax(0)
+    if knob == "alpha=0.7":
+        s = peak**0.7 / torch.cat(weights).abs().amax(0) ** 0.3
+    else:
+        s = peak * np.log(2) / np.log(2 + peak)
+    solved = smoothquant.solve(block, parse_recipe(f"smoothquant-w8a16+{knob}"))
     torch.testing.assert_close(norm.weight.double(), old / s, rtol=1e-5, atol=0)
     torch.testing.assert_close(norm.bias.double(), bias / s, rtol=1e-5, atol=0)
     torch.testing.assert_close(block.linears[names[0]].weight.double(), weights[0] * s, rtol=1e-5, atol=0)
@@ -444,7 +450,8 @@ def test_smoothing_is_the_formula_in_float64():
     assert solved["fc2"].note == ""
 
 
-def test_smoothing_leaves_dead_channels():
+@pytest.mark.parametrize("knob", ["alpha=0.5", "equalization=log"])
+def test_smoothing_leaves_dead_channels(knob):
     """A channel that no calibration token reaches is not rounded away."""
     model = build(CONFIGS["opt"]())
     with torch.no_grad():
@@ -452,5 +459,5 @@ def test_smoothing_leaves_dead_channels():
         norm.weight[3] = norm.bias[3] = 0
     block = last(model)
     before = block.linears["self_attn.q_proj"].weight[:, 3].clone()
-    smoothquant.solve(block, parse_recipe("smoothquant-w8a16"))
+    smoothquant.solve(block, parse_recipe(f"smoothquant-w8a16+{knob}"))
     assert torch.equal(block.linears["self_attn.q_proj"].weight[:, 3], before)

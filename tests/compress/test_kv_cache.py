@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from remanence.compress.kv_attach import attach_kv_, detach_kv_
+from remanence.compress.hadamard import orthogonal
+from remanence.compress.kv_attach import attach_kv_, check_rounded, detach_kv_
 from remanence.compress.kv_cache import KVCache
 from remanence.compress.kv_grid import decode_chunks, encode_chunks
 from remanence.compress.kv_rows import Rows
@@ -124,11 +125,13 @@ def plain_chunks(keys, values, spec):
     keys, values, g = keys.copy(), values.copy(), spec.group_size
     width = min(g, values.shape[1])
     for c in range(len(keys) // g):
-        for d in range(keys.shape[1]):
-            keys[c * g : (c + 1) * g, d] = plain_round(keys[c * g : (c + 1) * g, d], spec.bits)
+        if spec.keys == "channel":
+            for d in range(keys.shape[1]):
+                keys[c * g : (c + 1) * g, d] = plain_round(keys[c * g : (c + 1) * g, d], spec.bits)
         for t in range(c * g, (c + 1) * g):
-            for d in range(0, values.shape[1], width):
-                values[t, d : d + width] = plain_round(values[t, d : d + width], spec.bits)
+            for x in (values,) if spec.keys == "channel" else (keys, values):
+                for d in range(0, x.shape[1], width):
+                    x[t, d : d + width] = plain_round(x[t, d : d + width], spec.bits)
     return keys, values
 
 
@@ -138,6 +141,9 @@ def plain_attention(spec, shift_of):
         assert query.shape[2] == key.shape[2]
         q, k, v = (x[0].double().numpy() for x in (query, key, value))
         shift = shift_of(module, k.shape[1]) if spec.pre_bias else np.zeros_like(k)
+        if spec.rotate:
+            turn = orthogonal(q.shape[2], "hadamard", torch.Generator().manual_seed(0)).numpy()
+            q, k, shift = q @ turn.T, k @ turn.T, shift @ turn.T
         out = np.zeros((q.shape[0], q.shape[1], v.shape[2]))
         for h in range(len(q)):
             kv = h * len(k) // len(q)
@@ -198,7 +204,7 @@ def test_chunks_come_back_as_the_definition_says(bits, shape):
     x = torch.randn(2, 3, 5, g, D, generator=torch.Generator().manual_seed(0)).double()
     x[0, 0, 0] = 0
     x[0, 0, 1] = 3.25
-    for tile, part in ((spec.key_tile, 0), ((1, D), 1)):
+    for tile, part in ((spec.key_tile(D), 0), ((1, D), 1)):
         codes = encode_chunks(x, bits, tile, torch.float64)
         assert codes.packed.dtype == torch.uint8
         assert codes.packed.shape == (2, 3, 5, 4 * -(-g * D * bits // 32))
@@ -212,9 +218,9 @@ def test_chunks_come_back_as_the_definition_says(bits, shape):
 def test_codes_fit_the_scales_that_are_stored(dtype):
     x = 40 + torch.randn(1, 1, 4, 32, 16, generator=torch.Generator().manual_seed(0))
     spec = KVSpec(8)
-    codes = encode_chunks(x, 8, spec.key_tile, dtype)
+    codes = encode_chunks(x, 8, spec.key_tile(16), dtype)
     assert codes.scale.dtype == codes.low.dtype == dtype
-    off = (decode_chunks(codes, 8, spec.key_tile, (32, 16)).view(x.shape) - x).abs()
+    off = (decode_chunks(codes, 8, spec.key_tile(16), (32, 16)).view(x.shape) - x).abs()
     step = codes.scale.float().view(1, 1, 4, 1, 16)
     low_off = (codes.low.float().view(1, 1, 4, 1, 16) - x.amin(3, keepdim=True)).clamp(min=0)
     # Half a step, what the smallest lost when it was stored, and the top of the range that a rounded scale misses.
@@ -225,10 +231,33 @@ def test_scales_per_channel_keep_outlier_channels_of_keys_apart():
     keys = torch.randn(1, 1, 8, 32, 16, generator=torch.Generator().manual_seed(0))
     keys[..., 3] += 30
     error = {}
-    for name, tile in (("channel", KVSpec(4).key_tile), ("token", KVSpec(4).value_tile(16))):
+    for name in ("channel", "token"):
+        tile = KVSpec(4, keys=name).key_tile(16)
         codes = encode_chunks(keys, 4, tile, torch.float32)
         error[name] = float((decode_chunks(codes, 4, tile, (32, 16)).view(keys.shape) - keys).square().mean())
     assert error["channel"] < error["token"] / 20
+
+
+def test_rotation_spreads_outlier_channels_that_share_a_scale_per_token():
+    """One channel of the keys is 30 times as large in queries as it is small there, so that their products stay."""
+    errors = {}
+    for name, spec in (
+        ("channel", KVSpec(4, 8, 0)),
+        ("token", KVSpec(4, 8, 0, keys="token")),
+        ("rotated", KVSpec(4, 8, 0, keys="token", rotate=True)),
+    ):
+        model = make("gpt2")
+        with torch.no_grad():
+            for block in model.transformer.h:
+                weight, bias = block.attn.c_attn.weight, block.attn.c_attn.bias
+                for part in (weight, bias):
+                    part[..., 32 + 3 : 64 : 8] *= 30
+                    part[..., 3:32:8] /= 30
+        ids = batch((40,))[0]
+        exact = logits(model, ids, torch.ones_like(ids))
+        attach_kv_(model, spec)
+        errors[name] = divergence(exact, logits(model, ids, torch.ones_like(ids)))
+    assert errors["channel"] < errors["rotated"] < errors["token"] / 2
 
 
 # What a query sees
@@ -276,6 +305,8 @@ def test_bookkeeping_by_brute_force(residual):
         ("llama", KVSpec(2, 8, 0)),
         ("llama", KVSpec(2, 16, 16)),
         ("qwen2", KVSpec(2, 8, 3, pre_bias=True)),
+        ("llama", KVSpec(2, 8, 3, keys="token", rotate=True)),
+        ("qwen2", KVSpec(2, 8, 3, pre_bias=True, rotate=True)),
     ],
 )
 def test_generate_with_padding_is_the_plain_loop_without_a_cache(arch, spec):
@@ -592,3 +623,15 @@ def test_misuse():
     stock(ids, past_key_values=exact)
     with pytest.raises(ValueError, match="13 keys for 1 queries"):
         model.model(ids[:, :1], past_key_values=exact)
+
+
+def test_a_model_that_has_rounded_nothing_is_told():
+    spec = KVSpec(4, group_size=16, residual=8)
+    model = attached(spec)
+    for length in (23, 24):
+        ids, mask = batch((length,))
+        logits(model, ids, mask)
+        if length == 23:
+            with pytest.raises(ValueError, match=r"kv: no key or value was rounded: no text has 24 tokens"):
+                check_rounded(model)
+    check_rounded(model)

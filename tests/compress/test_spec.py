@@ -12,6 +12,7 @@ from remanence.compress.spec import (
     ActivationSpec,
     BnB,
     Calibration,
+    KVSpec,
     PruneSpec,
     QuantSpec,
     Recipe,
@@ -74,6 +75,14 @@ G64, ASYM = QuantSpec(4, 64), QuantSpec(4, 64, symmetric=False)
                 options=SmoothQuant(0.8),
                 activation=ActivationSpec(8, dynamic=False),
             ),
+        ),
+        (
+            "smoothquant-w8a8+equalization=log",
+            Recipe("smoothquant", QuantSpec(8), options=SmoothQuant(equalization="log"), activation=ActivationSpec(8)),
+        ),
+        (
+            "dense+kv_bits=4+kv_keys=token+kv_rotate=true",
+            Recipe("dense", None, kv=KVSpec(4, keys="token", rotate=True)),
         ),
         ("gptq-w4a16-g64@retain:64+forget:32", Recipe("gptq", G64, calibration=Calibration(64, 32))),
         (
@@ -153,6 +162,9 @@ def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
         ("gptq-w4a16-g64@retain:64+retain:3", "retain is there twice"),
         ("gptq-w4a16-g64@retain:0", "no sequence at all"),
         ("gptq-w4a16-g64@text:9+length:1", "length: 1 is below 2"),
+        ("smoothquant-w8a8+equalization=ln", "equalization: 'ln' is not one of power, log"),
+        ("smoothquant-w8a8+equalization=log+alpha=0.8", "alpha: 0.8 is given, and equalization=log has none"),
+        ("dense+kv_bits=4+kv_keys=head", "kv keys: 'head' is not one of channel, token"),
     ],
 )
 def test_unknown_names_are_refused_with_a_hint(name, message):
