@@ -31,7 +31,7 @@ from .kronecker import Kronecker, factors, fold, transform
 from .rtn import QTensor, rtn
 from .sites import Rows, Site, observe
 from .smoothquant import smoothing
-from .spec import RTN, ActivationSpec, FlatQuant, QuantSpec, Recipe
+from .spec import RTN, ActivationSpec, FlatQuant, QuantSpec, Recipe, SmoothQuant
 from .walk import storage_dtype, weight_of
 
 # The authors' values: all shares start at sigmoid(4) = 0.98 and c where SmoothQuant with this alpha has it; rates fall
@@ -194,7 +194,7 @@ class Shared(nn.Module):
         n1, n2 = factors(len(rows.peak))
         self.left = nn.Parameter(flat_rotation(n1, generator).to(device))
         self.right = nn.Parameter(flat_rotation(n2, generator).to(device))
-        log_scale = smoothing([rows.peak], Site(layers, None, ""), ALPHA).detach().log()
+        log_scale = smoothing([rows.peak], Site(layers, None, ""), SmoothQuant(ALPHA)).detach().log()
         self.log_scale = nn.Parameter(log_scale - log_scale.mean())  # W' is about as large as W
         self.clip = nn.Parameter(torch.tensor(START, device=device))
         self.cuts = nn.ParameterList(torch.full((len(w),), START, device=device) for w in self.weights.values())
