@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ def run(
     data_free: Sequence[str] = DATA_FREE,
     config: DemoConfig | None = None,
     sources: Sequence[str] | None = None,
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict]:
     """Rows: one unlearned model under one recipe, calibrated on one source.
 
@@ -48,6 +50,7 @@ def run(
     verdict             of all of a method's recipes judged together
     text                what the source "text" is drawn from; None: without it
     sources             of "retain", "forget", "retain+forget", "text"; None: all
+    tuned               settings of some methods, in place of those for demo models
     """
     corpus, config = corpus or people_corpus(PEOPLE, FORGET, seed), config or DemoConfig()
     tokenizer = demo_tokenizer(corpus, config)
@@ -65,7 +68,15 @@ def run(
     found = []
     for method in methods:
         model = copy.deepcopy(target)
-        unlearn(model, encoder, corpus.forget, corpus.retain, method, settings(method, demo=True), seed)
+        unlearn(
+            model,
+            encoder,
+            corpus.forget,
+            corpus.retain,
+            method,
+            settings(method, demo=True, **(tuned or {}).get(method, {})),
+            seed,
+        )
         dense, compressed = known.of(model), known.under_every(model)
         evidence = [
             Evidence(ours[0], dense[0], base[0], known.of(target)[0], never[0], ours[1], known.of(target)[1])

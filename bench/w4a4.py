@@ -62,6 +62,8 @@ KV = (
 SHORT = "+kv_group_size=8+kv_residual=0"
 RECIPES = (*W8A8, *W4A8, *W4A4, *KV)
 FORGOTTEN = ("graddiff", "npo", "rmu", "bucketed")
+# With the steps and the direction that do for TOFU's long answers, these short ones stay known (.98).
+TUNED = {"rmu": {"steps": 250, "coefficient": 120.0}}
 RECOVERY = (
     "rtn-w4a16-g64-plain",
     "rtn-w8a8",
@@ -77,6 +79,8 @@ OUTLIERS, FACTOR = 4, 30.0
 SEQUENCES, LENGTH = 64, 256
 # Of the dense model's perplexity.
 NEAR = 1.01
+# Mean probability of an answer: what has not been forgotten cannot come back.
+FORGOTTEN_BELOW = 0.3
 
 
 def run(
@@ -105,7 +109,13 @@ def run(
         checks = quality_checks({row["recipe"]: row for row in rows})
     if "recovery" in parts:
         found = ptq_recovery.run(
-            seed, None, methods=FORGOTTEN, calibrated=RECOVERY_CALIBRATED, data_free=RECOVERY, sources=("retain",)
+            seed,
+            None,
+            methods=FORGOTTEN,
+            calibrated=RECOVERY_CALIBRATED,
+            data_free=RECOVERY,
+            sources=("retain",),
+            tuned=TUNED,
         )
         rows += found
         checks += recovery_checks(found)
@@ -225,8 +235,12 @@ def quality_checks(rows: dict[str, dict]) -> list[dict]:
 
 
 def recovery_checks(rows: Sequence[dict]) -> list[dict]:
-    """The positive control returns under the grid that it was built against, whatever becomes of activations."""
+    """Every method has made the model forget, and the positive control returns under the grid that it was built
+    against, whatever becomes of activations."""
     checks = []
+    for method, known in {row["unlearned_by"]: row["p_dense"] for row in rows}.items():
+        what = f"{method}: answers forgotten before compression"
+        checks.append({"what": what, "limit": FORGOTTEN_BELOW, "value": known, "ok": known < FORGOTTEN_BELOW})
     for row in rows:
         if row["unlearned_by"] == "bucketed" and row["recipe"] in ("rtn-w4a16-g64-plain", "rtn-w4a8-g64-plain"):
             ok = row["verdict"] == "returned"

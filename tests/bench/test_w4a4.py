@@ -43,8 +43,10 @@ def test_checks_can_fail(rows):
     assert all(check["ok"] for check in checks)
     worse = rows | {"rtn-w8a8": rows["rtn-w4a4"] | {"perplexity": 2 * rows["dense"]["perplexity"]}}
     assert not w4a4.quality_checks(worse)[0]["ok"]
-    found = {"unlearned_by": "bucketed", "recipe": "rtn-w4a16-g64-plain", "verdict": "held"}
-    assert not w4a4.recovery_checks([found])[0]["ok"]
+    found = {"unlearned_by": "bucketed", "recipe": "rtn-w4a16-g64-plain", "verdict": "held", "p_dense": 0.9}
+    assert [check["ok"] for check in w4a4.recovery_checks([found])] == [False, False]
+    forgotten = found | {"verdict": "returned", "p_dense": 0.1}
+    assert [check["ok"] for check in w4a4.recovery_checks([forgotten])] == [True, True]
 
 
 def test_outliers_change_inputs_and_not_the_function(untrained):
