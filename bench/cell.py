@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
+from ..compress.knobs import FOLDING
 from ..compress.kv_attach import attach_kv_, check_rounded
 from ..compress.places import base_directory
+from ..compress.recipe import Recipe
 from ..compress.sequential import LayerReport, Report, compress_
-from ..compress.spec import FOLDING, Recipe
 from ..compress.stream import compress_to
 from ..unlearn.adapters import with_adapter
-from ..unlearn.calibration import calibration_batches, default_calibration
+from ..unlearn.calibration import calibration_batches, default_calibration, retraining_batches
 from ..unlearn.data import Corpus, EvalSet, running_text
 from ..unlearn.encode import Encoder, pad_id
 from ..unlearn.inference.store import attach, carry
@@ -104,8 +105,8 @@ def measure_cell(
     left = None
     layers: list[LayerReport] = []
     try:
-        batches = _batches(recipe, Encoder(tokenizer, max_length(model)), corpus, measures)
-        model, left = _compressed(model, load_model(target_path), recipe, batches, layers.append)
+        data = _data(recipe, Encoder(tokenizer, max_length(model)), corpus, measures)
+        model, left = _compressed(model, load_model(target_path), recipe, data, layers.append)
     except ValueError as error:
         if recipe.compresses:
             return {"error": str(error)}
@@ -113,7 +114,7 @@ def measure_cell(
     if recipe.compresses:
         checkpoint = scratch / "checkpoint"
         save_model(model, tokenizer, checkpoint, recipe)
-        carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target, batches))
+        carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target, *data))
         model = load_model(checkpoint)
     model = attach(with_adapter(model, model_path), tokenizer, checkpoint)
     size = weight_bytes(checkpoint)
@@ -152,23 +153,30 @@ def _moved(recipe: Recipe) -> bool:
     return recipe.method in FOLDING or recipe.rotation is not None
 
 
-def _batches(recipe: Recipe, encoder: Encoder, corpus: Corpus, measures: Measures) -> list[Tensor]:
-    """Calibration data for the recipes that need it; by default what a deployment has, the retain set."""
-    if not recipe.calibrated:
-        return []
+def _data(recipe: Recipe, encoder: Encoder, corpus: Corpus, measures: Measures) -> tuple[list[Tensor], list[Tensor]]:
+    """Calibration data for the recipes that need it, by default what a deployment has, the retain set; and what is
+    trained on again."""
     text = None if measures.calibration_text is None else running_text(measures.calibration_text)
-    wanted = recipe.calibration or default_calibration(corpus.retain, encoder)
     rows = {"retain": corpus.retain, "forget": corpus.forget}
-    return calibration_batches(wanted, encoder, rows, text, measures.seed)
+    again = [] if recipe.retrain is None else retraining_batches(recipe.retrain, encoder, rows, text)
+    if not recipe.calibrated:
+        return [], again
+    wanted = recipe.calibration or default_calibration(corpus.retain, encoder)
+    return calibration_batches(wanted, encoder, rows, text, measures.seed), again
 
 
 def _compressed(
-    model: PreTrainedModel, target: PreTrainedModel, recipe: Recipe, batches: list[Tensor], report: Report
+    model: PreTrainedModel,
+    target: PreTrainedModel,
+    recipe: Recipe,
+    data: tuple[list[Tensor], list[Tensor]],
+    report: Report,
 ) -> tuple[PreTrainedModel, Survival | None]:
     """The model compressed, and what is left of its update at the weights: None where weights cannot be compared."""
-    if recipe.calibrated and not _moved(recipe):
-        ours = compress_(copy.deepcopy(model), recipe, batches, report)
-        theirs = compress_(copy.deepcopy(target), recipe, batches)
+    batches, again = data
+    if (recipe.calibrated or recipe.retrain is not None) and not _moved(recipe):
+        ours = compress_(copy.deepcopy(model), recipe, batches, report, again)
+        theirs = compress_(copy.deepcopy(target), recipe, batches, retraining=again)
         return ours, survival(model, target, recipe, (ours, theirs))
     left = None if _moved(recipe) else survival(model, target, recipe)
     return compress_(model, recipe, batches, report), left

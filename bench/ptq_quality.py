@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compress.block import Block, Hidden, block_names, enter
 from ..compress.checkpoint import load_model, save_model
+from ..compress.recipe import parse_recipe
 from ..compress.sequential import compress_
-from ..compress.spec import parse_recipe
 from ..unlearn.demo import DemoConfig, byte_bpe, demo_model
 from .peers import ModelJob, run_model, write_calibration
 from .perplexity import perplexity

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..compress.kv_attach import attach_kv_, check_rounded
+from ..compress.recipe import Recipe, parse_recipe
 from ..compress.sequential import compress_
-from ..compress.spec import Calibration, Recipe, parse_recipe
+from ..compress.spec import Calibration
 from ..unlearn.calibration import calibration_batches
 from ..unlearn.catalog import settings
 from ..unlearn.data import QA, Corpus

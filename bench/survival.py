@@ -20,7 +20,7 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 
 from ..compress.linear import QuantLinear
-from ..compress.spec import Recipe
+from ..compress.recipe import Recipe
 from ..compress.walk import compressed_weight, linears, quantize_weight, weight_of
 
 # Sizes are counted in bins of float32's exponent and its first 10 mantissa bits: quantiles of any number of weights,

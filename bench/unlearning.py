@@ -26,8 +26,8 @@ from ..backends.cpu import PeakMemory
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model
 from ..compress.footprint import peak_rss
 from ..compress.places import base_directory
+from ..compress.recipe import parse_recipe
 from ..compress.sequential import quantize_
-from ..compress.spec import parse_recipe
 from ..unlearn.adapters import with_adapter
 from ..unlearn.catalog import METHODS, settings
 from ..unlearn.data import Corpus, spread

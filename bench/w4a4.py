@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..compress.checkpoint import load_model, save_model
 from ..compress.kv_attach import attach_kv_
 from ..compress.kv_cache import KVCache
+from ..compress.recipe import Recipe, parse_recipe
 from ..compress.sequential import LayerReport, compress_
-from ..compress.spec import Recipe, parse_recipe
 from ..unlearn.demo import DemoConfig, byte_bpe
 from . import ptq_recovery
 from .perplexity import perplexity

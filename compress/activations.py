@@ -70,7 +70,7 @@ def settle(block: Block, wanted: ActivationSpec, solved: Mapping[str, Solved]) -
         asked = wanted if part.clip is None else replace(wanted, clip=part.clip, search=False)
         made = _settled(x, weight, asked, low[name], high[name])
         if wanted.fallback is not None and wanted.bits < 8 and made.error is not None and made.error > wanted.fallback:
-            eight = _settled(x, weight, replace(asked, bits=8), low[name], high[name])
+            eight = _settled(x, weight, replace(asked, bits=8, fallback=None), low[name], high[name])
             note = f"input in 8 bits: error {made.error:.2g} in {wanted.bits}"
             made = replace(eight, note=", ".join(filter(None, [note, eight.note])))
         found[name] = made

@@ -18,10 +18,12 @@ from torch import Tensor
 from .block import Block, Linear, Solved
 from .experts import starved
 from .grid import decode, encode, group_parameters
+from .knobs import AWQ, RTN
+from .recipe import Recipe
 from .rtn import QTensor, rtn
 from .sites import Loss, Rows, Site, observe, sites
 from .smooth import fold_, survey
-from .spec import AWQ, RTN, QuantSpec, Recipe
+from .spec import QuantSpec
 from .walk import storage_dtype, weight_of
 
 # Ranges down to this share of the full one, as AWQ's authors have it: further down a group gains by its own error what
@@ -65,16 +67,15 @@ def search(block: Block, recipe: Recipe) -> tuple[dict[str, Solved], list[Outcom
 
     The error of a layer is that of its outputs before anything was folded, on about sites.ROWS rows.
     """
-    assert recipe.spec is not None
-    spec, options = recipe.spec, recipe.options
+    specs, options = block.specs(recipe), recipe.options
     found, refused = survey(block)
     places = sites(block, found)
-    moments = {name: _moment_blocks(layer, spec) for name, layer in block.linears.items()}
+    moments = {name: _moment_blocks(layer, specs[name]) for name, layer in block.linears.items()}
     inputs, called = observe(block, [place.parent for place in places if place.pair is not None], moments)
     outcomes = []
     for place in places:
         loss = Loss(block.module.get_submodule(place.parent), called.get(place.parent, []))
-        outcomes.append(_best_scale(place, inputs, loss, spec, options))
+        outcomes.append(_best_scale(place, inputs, loss, specs, options))
     divisors: dict[str, Tensor] = {}  # layer -> [N], what its outputs are divided by
     for outcome in outcomes:
         pair = outcome.place.pair
@@ -84,25 +85,31 @@ def search(block: Block, recipe: Recipe) -> tuple[dict[str, Solved], list[Outcom
     for outcome in outcomes:
         for name, layer in outcome.place.linears.items():
             t = divisors.get(name, torch.ones_like(outcome.s[:1]))
-            solved[name] = _quantize(name, layer, outcome, t, inputs.get(name), spec, options, refused.get(name))
+            solved[name] = _quantize(name, layer, outcome, t, inputs.get(name), specs[name], options, refused.get(name))
     for outcome in outcomes:
         if outcome.place.pair is not None:
             fold_(outcome.place.pair, outcome.s)
     return {name: solved[name] for name in block.linears}, outcomes
 
 
-def _best_scale(place: Site, inputs: Mapping[str, Rows], loss: Loss, spec: QuantSpec, options: AWQ) -> Outcome:
+def _best_scale(
+    place: Site, inputs: Mapping[str, Rows], loss: Loss, specs: Mapping[str, QuantSpec], options: AWQ
+) -> Outcome:
     """The scales for which rounding changes the parent's output least."""
-    layers = list(place.linears.values())
-    equal = torch.ones(weight_of(layers[0]).shape[1], device=layers[0].weight.device)
+    first = next(iter(place.linears.values()))
+    equal = torch.ones(weight_of(first).shape[1], device=first.weight.device)
+
+    def changed(s: Tensor) -> float:
+        return loss({layer: _rounded(layer, s, specs[name], options) for name, layer in place.linears.items()})
+
     enough = [name for name in place.linears if name in inputs and not starved(inputs[name].tokens, len(equal))]
     if place.pair is None or not enough:
         return Outcome(place, None, None, None, equal)
-    before = least = loss({layer: _rounded(layer, equal, spec, options) for layer in layers})
+    before = least = changed(equal)
     best = Outcome(place, None, before, before, equal)
-    for power, s in candidates(place, inputs, spec, options):
+    for power, s in candidates(place, inputs, specs[next(iter(place.linears))], options):
         try:
-            after = loss({layer: _rounded(layer, s, spec, options) for layer in layers})
+            after = changed(s)
         except ValueError:  # its groups need a scale beyond the dtype that scales are stored in
             continue
         if after < least:

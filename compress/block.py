@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .recipe import Recipe
 from .rtn import QTensor
+from .spec import QuantSpec
 
 Linear = nn.Linear | Conv1D
 
@@ -140,6 +142,10 @@ class Block:
         linears: dict[str, Linear] = {name: module.get_submodule(name) for name in self.linears}  # type: ignore[misc]
         dense = _Some(self._dense, picks) if isinstance(self._dense, Hidden) else None
         return Block(self.name, module, linears, self.config, self._calls, _Some(self._hidden, picks), dense)
+
+    def specs(self, recipe: Recipe) -> dict[str, QuantSpec]:
+        """The format that `recipe` has for each linear layer, by name inside the block."""
+        return {name: recipe.spec_of(f"{self.name}.{name}") for name in self.linears}
 
     @property
     def device(self) -> torch.device:

@@ -28,7 +28,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from .experts import has_fused_experts
 from .files import read_json
-from .spec import BnB, Recipe
+from .knobs import BnB
+from .recipe import Recipe
 from .walk import check_unshared, linears, replace, weight_of
 
 METHOD = "bitsandbytes"

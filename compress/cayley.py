@@ -30,9 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from .activations import quantize_rows
 from .block import Linear, block_names
 from .experts import routers
+from .knobs import RTN
 from .rotation import Plan, Rotated, evaluated, install_, logits, plan_rotation
 from .rtn import rtn
-from .spec import RTN, ActivationSpec, QuantSpec, Rotation
+from .spec import ActivationSpec, QuantSpec, Rotation
 from .walk import storage_dtype, weight_of, within
 
 # Times that all batches are looked at to see whether the rotations are the best so far.

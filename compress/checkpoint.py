@@ -1,15 +1,16 @@
 """Checkpoints in and out: safetensors only, no code from files, written whole or not at all.
 
 Dense models are ordinary Hugging Face directories. Quantized ones are compressed-tensors directories that stock
-transformers loads too. Models whose layers stock readers cannot take (GPT-2's Conv1D) are written with their weights
-in `remanence.safetensors`, so that any other reader stops instead of filling the gaps with random weights.
+transformers loads too. Models whose layers stock readers cannot take (GPT-2's Conv1D, 2:4 layers stored sparse) are
+written with their weights in `remanence.safetensors`, so that any other reader stops instead of filling the gaps with
+random weights.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,14 @@ from .bnb import keep_exact_, load_bnb
 from .experts import ExpertList, apart_on_disk, checkpoint_names, has_fused_experts, unfuse_experts_
 from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
+from .formats import sparse24
 from .integration import mark, read_mark
 from .linear import QuantLinear
 from .places import local_model
-from .spec import DENSE, Recipe
+from .recipe import DENSE, Recipe
+from .sparse_linear import layers_24
 from .transforms import transform_from, transform_names
-from .walk import replace
+from .walk import replace, weight_of
 
 OWN_STEM = "remanence"
 _DENSE: dict[str, Any] = {"use_safetensors": True, "dtype": "auto", "output_loading_info": True}
@@ -137,28 +140,46 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     target: Path | str,
     recipe: Recipe | None = None,
+    sparse: bool = False,
 ) -> None:
     """Write model and tokenizer to the new directory `target`; `recipe` as given to compress_ when it was compressed.
 
-    A pruned model is written as an ordinary one, with its zeros.
+    A pruned model is written as an ordinary one, with its zeros; `sparse`: without those of its 2:4 layers, in files
+    that `load_model` reads and no other reader finds.
 
-    Raises FileExistsError when there is something at `target`, OSError when the disk is full; nothing is left then.
+    Raises FileExistsError when there is something at `target`, OSError when the disk is full, ValueError for `sparse`
+    where no layer is 2:4 or one is quantized; nothing is left then.
     """
     with atomic_dir(target) as work:
-        write_model(model, tokenizer, work, recipe)
+        write_model(model, tokenizer, work, recipe, sparse)
 
 
 def write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Path,
+    recipe: Recipe | None = None,
+    sparse: bool = False,
 ) -> None:
     """As save_model, into an existing empty directory that the caller makes permanent."""
     layers = _packed_layers(model)
-    if layers or has_experts(model):
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and isinstance(getattr(module, "transform", None), nn.Module):
+            raise ValueError(f"{name}: is not quantized, and has a transform in front of it that no file would hold")
+    if sparse:
+        fours = layers_24(model)
+        if layers or not fours:
+            found = f"{next(iter(layers))} is quantized" if layers else "it has no 2:4 layer"
+            raise ValueError(f"sparse: {found}; goes with a model that is pruned 2:4, e.g. by wanda-2:4, and no more")
+        state = _stored_state(model, fours)
+        write_config(model, work, sparse_config(list(state), dense_linears(model), recipe or DENSE, has_experts(model)))
+        _write_shards(state, work, OWN_STEM)
+    elif layers or has_experts(model):
         known = getattr(model.config, "quantization_config", None)
         label = recipe or getattr(known, "recipe", None) or DENSE
         quantization = quantization_config(model, label) if layers else None
         write_config(model, work, quantization)
-        _write_shards(_quantized_state(model), work, _stem(model, layers))
+        _write_shards(_stored_state(model), work, _stem(model, layers))
     else:  # dense, pruned, or bitsandbytes'
         model.save_pretrained(work)
     tokenizer.save_pretrained(work)
@@ -175,7 +196,8 @@ def _stem(model: PreTrainedModel, layers: Mapping[str, QuantLinear]) -> str:
         layer.transform is not None or (layer.activation is not None and layer.activation.clip != 1)
         for layer in layers.values()
     )
-    return "model" if stock_readable(model, linear, own) else OWN_STEM
+    rounded = any(layer.activation is not None for layer in layers.values())
+    return "model" if stock_readable(model, linear, own, rounded) else OWN_STEM
 
 
 def quantization_config(model: PreTrainedModel, recipe: Recipe | str) -> dict[str, Any]:
@@ -183,6 +205,14 @@ def quantization_config(model: PreTrainedModel, recipe: Recipe | str) -> dict[st
     layers = _packed_layers(model)
     schemes = {name: ct.scheme_of(layer) for name, layer in layers.items()}
     return ct.to_config(schemes, dense_linears(model)) | mark(recipe, _stem(model, layers), has_experts(model))
+
+
+def sparse_config(names: Collection[str], linear: Collection[str], recipe: Recipe, experts: bool) -> dict[str, Any]:
+    """What config.json says of a model whose 2:4 layers are stored sparse: `names` of the tensors in its files, and of
+    its `linear` layers; `experts` as in `mark`."""
+    layers = sparse24.layers_in(names)
+    dense = [name for name in linear if name not in layers]
+    return sparse24.to_config(layers, dense) | mark(recipe, OWN_STEM, experts)
 
 
 def adopt_(model: PreTrainedModel, recipe: Recipe | str) -> None:
@@ -299,8 +329,14 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
         raise ValueError(f"{directory}/config.json: quantization_config: expected an object")
     if quantization.get("quant_method") == "bitsandbytes":
         return load_bnb(directory)
-    schemes = ct.Schemes(quantization)
+    sparse = sparse24.is_config(quantization)
+    schemes = None if sparse else ct.Schemes(quantization)
     state = _read_shards(directory)
+    if sparse:
+        try:
+            sparse24.check_config(quantization, sparse24.layers_in(state))
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     del config.quantization_config
     with no_init_weights():
@@ -310,11 +346,14 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
         state = in_files(state, {key: name for name, key in file_names(model).items()})
     present: set[int] = set()
     modules = dict(model.named_modules())
-    for name in ct.layers_in(state):
+    if schemes is None:
+        _fill_sparse(directory, state, modules)
+    for name in ct.layers_in(state) if schemes is not None else ():
         dense = modules.get(name)
         if not isinstance(dense, nn.Linear | Conv1D):
             raise ValueError(f"{directory}: {name} is packed in the file but is no linear layer of the model")
         try:
+            assert schemes is not None
             layer = ct.unpack_layer(name, state, schemes.of(name))
             layer.transform = transform_from(name, state)
             for key in transform_names(name, list(state)):
@@ -331,8 +370,25 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
     lost = [key for key in missing if tensors[key].data_ptr() not in present]
     if lost or unexpected:
         raise ValueError(f"{directory}: missing tensors {lost[:3]}, unexpected tensors {list(unexpected)[:3]}")
-    adopt_(model, recipe=read_mark(quantization))
+    if schemes is not None:
+        adopt_(model, recipe=read_mark(quantization))
     return model
+
+
+def _fill_sparse(directory: Path, state: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+    """Put dense weights where `state` has sparse ones, each as its module keeps it."""
+    for name in sparse24.layers_in(state):
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise ValueError(f"{directory}: {name} is sparse in the file but is no linear layer of the model")
+        try:
+            weight = sparse24.unpack_weight(name, state)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
+        expected = tuple(weight_of(module).shape)
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"{directory}: {name}.shape: {tuple(weight.shape)}; the model's layer is {expected}")
+        state[f"{name}.weight"] = weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
 
 def dense_linears(model: PreTrainedModel) -> list[str]:
@@ -340,28 +396,33 @@ def dense_linears(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _quantized_state(model: PreTrainedModel) -> dict[str, Tensor]:
+def _stored_state(model: PreTrainedModel, sparse: Collection[str] = ()) -> dict[str, Tensor]:
     seen: set[int] = set()
     state = {}
-    for key, tensor in in_files(packed_state(model, ""), file_names(model)).items():
+    for key, tensor in in_files(packed_state(model, "", sparse), file_names(model)).items():
         if tensor.data_ptr() not in seen:  # a tied head is stored once, under its first name
             seen.add(tensor.data_ptr())
             state[key] = tensor
     return state
 
 
-def packed_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What a file holds of the module called `name` ("" for the whole model), quantized layers in the file's layout."""
+def packed_state(model: nn.Module, name: str, sparse: Collection[str] = ()) -> dict[str, Tensor]:
+    """What a file holds of the module called `name` ("" for the whole model), quantized layers in the file's layout,
+    and so those whose full names are in `sparse`."""
     module = model.get_submodule(name)
     prefix = f"{name}." if name else ""
     packed = {inner: layer for inner, layer in module.named_modules() if isinstance(layer, QuantLinear)}
     state: dict[str, Tensor] = {}
     for key, tensor in module.state_dict().items():
         inner = key.rpartition(".")[0]
-        if inner not in packed:
+        full = (prefix + inner).rstrip(".")
+        if full in sparse and key.rpartition(".")[2] == "weight":
+            layer: Any = module.get_submodule(inner)
+            state |= sparse24.pack_state(full, weight_of(layer))
+        elif inner not in packed:
             state[prefix + key] = tensor
         elif key.rpartition(".")[2] == "packed":
-            state |= ct.pack_state((prefix + inner).rstrip("."), packed[inner])
+            state |= ct.pack_state(full, packed[inner])
     return {key: tensor.detach().contiguous() for key, tensor in state.items()}
 
 
@@ -380,25 +441,25 @@ def file_names(model: PreTrainedModel) -> dict[str, str]:
 def in_files(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """The state under its names in files, or back under those in the model where `names` is turned round.
 
-    What stands for a weight (weight_packed, weight_scale, ...) goes where the weight would be.
+    What stands for a weight (weight_packed, weight_scale, ..., or its sparse parts) goes where the weight would be.
     """
     if not names:
         return state
 
     def named(key: str) -> str:
         layer, _, leaf = key.rpartition(".")
-        if leaf.startswith("weight_") and f"{layer}.weight" in names:
+        if (leaf.startswith("weight_") or leaf in sparse24.PARTS) and f"{layer}.weight" in names:
             return names[f"{layer}.weight"].removesuffix("weight") + leaf
         return names.get(key, key)
 
     return {named(key): tensor for key, tensor in state.items()}
 
 
-def stock_readable(model: PreTrainedModel, linear: bool, own: bool) -> bool:
+def stock_readable(model: PreTrainedModel, linear: bool, own: bool, rounded: bool) -> bool:
     """Whether transformers with compressed-tensors would run every layer as we do: it knows nn.Linear only (`linear`:
     nothing else is packed), inputs as they come and their whole ranges (`own`: transformed ones, or shares of ranges),
-    and experts where the usual checkpoint has them one by one."""
-    return linear and not own and (not has_experts(model) or apart_on_disk(model))
+    and experts where the usual checkpoint has them one by one and their inputs are not `rounded`, as it fuses them."""
+    return linear and not own and (not has_experts(model) or (apart_on_disk(model) and not rounded))
 
 
 def _write_shards(state: dict[str, Tensor], work: Path, stem: str) -> None:

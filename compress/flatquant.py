@@ -27,11 +27,13 @@ from .activations import fake_quantize, quantize_rows, without_data
 from .block import Block, Linear, Solved
 from .experts import starved
 from .grid import encode, group_parameters
+from .knobs import RTN, FlatQuant, SmoothQuant
 from .kronecker import Kronecker, factors, fold, transform
+from .recipe import Recipe
 from .rtn import QTensor, rtn
 from .sites import Rows, Site, observe
 from .smoothquant import smoothing
-from .spec import RTN, ActivationSpec, FlatQuant, QuantSpec, Recipe, SmoothQuant
+from .spec import ActivationSpec, QuantSpec
 from .walk import storage_dtype, weight_of
 
 # The authors' values: all shares start at sigmoid(4) = 0.98 and c where SmoothQuant with this alpha has it; rates fall
@@ -45,9 +47,10 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Grids:
-    """What weights are rounded to, by a `scale` as grid.group_parameters has it; and inputs (None: not at all)."""
+    """What each layer's weights are rounded to, by a `scale` as grid.group_parameters has it; and inputs (None: not at
+    all)."""
 
-    spec: QuantSpec
+    specs: Mapping[str, QuantSpec]
     scale: str
     activation: ActivationSpec | None
 
@@ -88,8 +91,7 @@ def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
     Layers that share an input get equal copies of one map, so that each can be stored and moved by itself. Errors are
     those of outputs with inputs rounded too, on about sites.ROWS rows.
     """
-    assert recipe.spec is not None
-    found = learn(block, Grids(recipe.spec, recipe.options.scale, recipe.activation), recipe.options)
+    found = learn(block, Grids(block.specs(recipe), recipe.options.scale, recipe.activation), recipe.options)
     solved = {}
     for name, layer in found.layers.items():
         note, clip = "", None
@@ -125,7 +127,7 @@ def learn(block: Block, grids: Grids, options: FlatQuant) -> Learned:
     tokens = {name: inputs[name].tokens if name in inputs else 0 for name in block.linears}
     with torch.no_grad():
         targets = [block.forward(i) for i in range(len(block))]
-        start = {name: _nearest(layer, grids) for name, layer in block.linears.items()}
+        start = {name: _nearest(name, layer, grids) for name, layer in block.linears.items()}
     best, least = start, objective(block, start, targets)
     before = least
     shared = shared_inputs(block, inputs, grids, options.seed)
@@ -209,7 +211,7 @@ class Shared(nn.Module):
         w = fold(self.weights[name], self.left, self.right, self.log_scale.exp())
         share = self.cuts[list(self.weights).index(name)].sigmoid()
         with torch.no_grad():
-            q = cut_and_round(w, share, self.grids, self.scale_dtypes[name])
+            q = cut_and_round(w, share, self.grids.specs[name], self.grids.scale, self.scale_dtypes[name])
         groups = w.view(*q.scale.shape, -1)  # [N, n, G]
         hard, step = q.dequantize().view_as(groups), q.scale.float()[:, :, None]
         return straight_through(groups, hard, step, share[:, None, None] * _range(groups, q.zero is None)).flatten(1)
@@ -234,7 +236,8 @@ class Shared(nn.Module):
         found = {}
         for (name, weight), cut in zip(self.weights.items(), self.cuts):
             made = Kronecker(self.left.detach().clone(), self.right.detach().clone(), self.log_scale.exp())
-            q = cut_and_round(made.fold(weight).float(), cut.sigmoid(), self.grids, self.scale_dtypes[name])
+            w = made.fold(weight).float()
+            q = cut_and_round(w, cut.sigmoid(), self.grids.specs[name], self.grids.scale, self.scale_dtypes[name])
             found[name] = Rounded(q, made, activation)
         return found
 
@@ -258,12 +261,11 @@ def flat_rotation(n: int, generator: torch.Generator) -> Tensor:
     return (signs * (angles.cos() + angles.sin()) / n**0.5).float()
 
 
-def cut_and_round(w: Tensor, share: Tensor, grids: Grids, scale_dtype: torch.dtype) -> QTensor:
+def cut_and_round(w: Tensor, share: Tensor, spec: QuantSpec, scale: str, scale_dtype: torch.dtype) -> QTensor:
     """w [N, K] float32 rounded to nearest, on grids for the share [N] of each group's range."""
-    spec = grids.spec
     groups = w.view(len(w), spec.groups(w.shape[1]), -1)
-    scale, zero = group_parameters(groups * share[:, None, None], spec, scale_dtype, grids.scale)
-    return QTensor(encode(groups, scale, zero, spec.bits).flatten(1), scale, spec, zero)
+    s, zero = group_parameters(groups * share[:, None, None], spec, scale_dtype, scale)
+    return QTensor(encode(groups, s, zero, spec.bits).flatten(1), s, spec, zero)
 
 
 def round_rows(x: Tensor, spec: ActivationSpec, share: Tensor) -> Tensor:
@@ -349,9 +351,9 @@ def _in_place(block: Block, forwards: Mapping[str, Forward]) -> Iterator[None]:
                 vars(block.linears[name])["forward"] = before
 
 
-def _nearest(layer: Linear, grids: Grids) -> Rounded:
+def _nearest(name: str, layer: Linear, grids: Grids) -> Rounded:
     weight = weight_of(layer).detach()
-    q = rtn(weight, grids.spec, storage_dtype(weight), RTN(scale=grids.scale))
+    q = rtn(weight, grids.specs[name], storage_dtype(weight), RTN(scale=grids.scale))
     return Rounded(q, None, grids.activation)
 
 

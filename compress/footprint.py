@@ -103,8 +103,9 @@ def measure_machine(directory: Path | str, dtype: torch.dtype = torch.float32) -
 
     The median of repeats: enough to foretell a time within a factor of 1.5, no benchmark.
     """
+    from .knobs import RTN
     from .rtn import rtn
-    from .spec import RTN, QuantSpec
+    from .spec import QuantSpec
 
     weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
 

@@ -6,13 +6,35 @@ that one half of the data leaves fit and another broken is not to be trusted wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import comb
 
 import torch
+from torch import Tensor
 
 from .block import Block
-from .spec import Recipe
+from .recipe import Recipe
+from .spec import Gate
+
+
+def one_by_one(batches: Sequence[Tensor], gate: Gate) -> list[Tensor]:
+    """Batches of one sequence each, of which halves are drawn. ValueError for too few to have so many halves."""
+    alone = [sequence[None] for batch in batches for sequence in batch]
+    if comb(len(alone), len(alone) // 2) < gate.draws or len(alone) < 2:
+        raise ValueError(f"gate: {gate.draws} draws of half the calibration data, which is {len(alone)} sequences")
+    return alone
+
+
+def halves(count: int, draws: int) -> list[list[int]]:
+    """So many halves of `count` sequences, no two of them the same."""
+    generator = torch.Generator().manual_seed(0)
+    found: list[list[int]] = []
+    while len(found) < draws:
+        half = sorted(torch.randperm(count, generator=generator)[: count // 2].tolist())
+        if half not in found:
+            found.append(half)
+    return found
 
 
 @torch.no_grad()
@@ -21,19 +43,16 @@ def through_gate(
 ) -> tuple[Recipe, float | None, str]:
     """(the recipe for this block, the spread of its error, what to say of it); the block stays as it is.
 
+    block       its batches are single sequences (one_by_one)
     quantize_   what is to be done to the block, in place
     Takes the time of `draws` times half the data, and the memory of another block. Raises ValueError where the gate
-    says so, and for one batch alone, of which there is no half.
+    says so.
     """
     gate = recipe.gate
     if gate is None:
         return recipe, None, ""
-    if len(block) < 2:
-        raise ValueError("gate: a single batch of calibration data; expected 2 or more, to draw from")
     errors = []
-    for draw in range(gate.draws):
-        generator = torch.Generator().manual_seed(draw)
-        picks = torch.randperm(len(block), generator=generator)[: len(block) // 2].tolist()
+    for picks in halves(len(block), gate.draws):
         trial = block.drawn(picks)
         quantize_(trial, recipe)
         errors.append(_error(block, trial))
@@ -41,7 +60,7 @@ def through_gate(
     low, high = min(errors), max(errors)
     spread = high / low if low else (1.0 if not high else float("inf"))
     if spread <= gate.limit:
-        return recipe, spread, ""
+        return recipe, spread, "all draws give the same block" if spread == 1 else ""
     said = f"unstable: block error {low:.2g} to {high:.2g} over {gate.draws} draws of the calibration data"
     if gate.action == "abort":
         raise ValueError(f"{said}, more than {gate.limit:g} times apart")
@@ -50,8 +69,8 @@ def through_gate(
 
 def _in_eight_bits(recipe: Recipe) -> Recipe:
     assert recipe.spec is not None
-    activation = None if recipe.activation is None else replace(recipe.activation, bits=8)
-    return replace(recipe, spec=replace(recipe.spec, bits=8), activation=activation)
+    activation = None if recipe.activation is None else replace(recipe.activation, bits=8, fallback=None)
+    return replace(recipe, spec=replace(recipe.spec, bits=8), widths=(), activation=activation, gate=None)
 
 
 def _error(dense: Block, trial: Block) -> float:

@@ -12,6 +12,10 @@ its first column is reached, after every update (in the authors' program those o
 that no input reaches is rounded to nearest: data that says nothing about a weight is no reason to drop it. Of a pruned
 layer, a weight that is to stay zero counts as rounded to zero, so that the others make up for it; `weight` may then be
 the dense one, and the layer comes as near to the dense output as its mask lets it.
+
+With SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, section 3.5) the mask is found on the way, in the same pass:
+of each block's weights as they are when it begins (2:4: of every four columns when the first of them is reached) those
+whose loss the later ones make up for best become zero, and errors of pruning and rounding are made up for together.
 """
 
 from __future__ import annotations
@@ -29,9 +33,13 @@ from .block import Block, Linear, Solved
 from .experts import starved
 from .grid import decode, group_parameters
 from .hessian import Hessian, permuted, upper_factor_
+from .knobs import GPTQ, RTN
+from .mask import Mask, adjacent
+from .prune import Cut, by_magnitude, kept, prune, zeros_note
+from .recipe import Recipe
 from .rtn import QTensor, check_finite, rtn
-from .spec import GPTQ, RTN, QuantSpec, Recipe
-from .walk import storage_dtype, weight_of
+from .spec import PruneSpec, QuantSpec
+from .walk import data_free_prune, features, storage_dtype, weight_of
 
 # Rows of a weight worked on in one go: enough for matrix products at full speed, little beside a Hessian.
 _ROWS = 1024
@@ -52,6 +60,7 @@ class Factor:
     order   int64 [K]: columns of the weight in the order in which they are rounded
     upper   [K, K]: R with R R^T = H + diag(shift), all in that order
     shift   [K] float64: what was added to H's diagonal
+    alive   bool [K]: columns that any input reaches
     damp    the same, as a share of its mean
     push    [K, K], zero up to the diagonal: alpha * C R^-T, GPTAQ's correction; None without
     """
@@ -60,7 +69,13 @@ class Factor:
     upper: Tensor
     shift: Tensor
     damp: float
+    alive: Tensor
     push: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """[K] float32: 1 / U_jj, with H^-1 = U^T U: what an error in a column counts when the later ones have made up
+        for it; nothing in one without input, whatever was added to H there."""
+        return self.upper.diagonal() * self.alive
 
 
 @torch.no_grad()
@@ -86,8 +101,19 @@ def gptq(
     return quantize(weight, factor, spec, scale_dtype, options, mask)[0], factor.damp
 
 
-def factorize(H: Tensor, spec: QuantSpec, options: GPTQ, cross: Tensor | None = None) -> Factor:
-    """The Factor of H [K, K], which stays as it is. Damping grows tenfold until H + shift is positive definite."""
+def factorize(
+    H: Tensor, spec: QuantSpec, options: GPTQ, cross: Tensor | None = None, prune: PruneSpec | None = None
+) -> Factor:
+    """The Factor of H [K, K], which stays as it is. Damping grows tenfold until H + shift is positive definite.
+
+    prune   what is to be pruned on the way, if anything
+    """
+    order = column_order(H.diagonal(), spec, options.act_order, adjacent(prune))
+    return factor_of(H, order, options.damp, options.alpha, cross)
+
+
+def factor_of(H: Tensor, order: Tensor, damp: float, alpha: float = 0.0, cross: Tensor | None = None) -> Factor:
+    """As factorize, for columns in the given order."""
     diagonal = H.diagonal()
     # What is infinite anywhere is so on the diagonal: no product of two columns is larger than both squares.
     if not torch.isfinite(diagonal).all():
@@ -96,19 +122,17 @@ def factorize(H: Tensor, spec: QuantSpec, options: GPTQ, cross: Tensor | None = 
     if not alive.any():
         raise ValueError("inputs: all zero")
     mean = float(diagonal[alive].double().mean())
-    order = column_order(diagonal, spec, options.act_order)
     # A column without input touches no other; any diagonal leaves it to be rounded to nearest.
     lift = (~alive[order]).double() * mean
-    damp = options.damp
     while not upper_factor_(upper := _lifted(H, order, lift + damp * mean)):
         if 10 * damp > _MOST_DAMP:
             raise ValueError(f"inputs: Hessian not positive definite, not even with {damp:g} of its mean added")
         damp = max(10 * damp, 1e-6)
     push = None
-    if options.alpha > 0 and cross is not None:
+    if alpha > 0 and cross is not None:
         push = torch.linalg.solve_triangular(upper.T, permuted(cross, order), upper=False, left=False)
-        push.triu_(1).mul_(options.alpha)
-    return Factor(order, upper, lift + damp * mean, damp, push)
+        push.triu_(1).mul_(alpha)
+    return Factor(order, upper, lift + damp * mean, damp, alive[order], push)
 
 
 def _lifted(H: Tensor, order: Tensor, shift: Tensor) -> Tensor:
@@ -117,17 +141,19 @@ def _lifted(H: Tensor, order: Tensor, shift: Tensor) -> Tensor:
     return result
 
 
-def column_order(diagonal: Tensor, spec: QuantSpec, act_order: str) -> Tensor:
+def column_order(diagonal: Tensor, spec: QuantSpec, act_order: str, unit: int = 1) -> Tensor:
     """int64 [K]: the columns in the order in which they are rounded; those with much input early, while much can still
-    make up for them. `gar` sorts inside groups, and groups by their largest, so that they stay together."""
+    make up for them. `gar` sorts inside groups, and groups by their largest, so that they stay together; so does any
+    `unit` of adjacent columns (which divides a group), inside which nothing is sorted."""
     K = len(diagonal)
+    every = torch.arange(K, device=diagonal.device)
     if act_order == "none":
-        return torch.arange(K, device=diagonal.device)
-    G = K if act_order == "static" else K // spec.groups(K)
-    groups = diagonal.view(-1, G)
-    inside = groups.argsort(dim=1, descending=True, stable=True)  # [K/G, G]
-    first = groups.amax(1).argsort(descending=True, stable=True)  # [K/G]
-    return (first[:, None] * G + inside[first]).flatten()
+        return every
+    G = (K if act_order == "static" else K // spec.groups(K)) // unit
+    groups = diagonal.view(-1, unit).amax(1).view(-1, G)
+    inside = groups.argsort(dim=1, descending=True, stable=True)  # [n, G]
+    first = groups.amax(1).argsort(descending=True, stable=True)  # [n]
+    return every.view(-1, unit)[(first[:, None] * G + inside[first]).flatten()].flatten()
 
 
 def quantize(
@@ -138,25 +164,33 @@ def quantize(
     options: GPTQ,
     mask: Tensor | None = None,
     measure: bool = False,
+    prune: PruneSpec | None = None,
 ) -> tuple[QTensor, float | None]:
-    """(the quantized weight [N, K], with `measure` the relative squared error of the layer's output on the data)."""
+    """(the quantized weight [N, K], with `measure` the relative squared error of the layer's output on the data).
+
+    prune   what SparseGPT is to prune on the way, whose factor this is, of what is in `mask` True, which becomes what
+            stays; compared are all rows, which are worked on at once then
+    """
     check_finite(weight)
     N, K = weight.shape
     shape = N, spec.groups(K)
     codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(shape, dtype=scale_dtype, device=weight.device)
     zero = None if spec.symmetric else torch.empty(shape, dtype=torch.uint8, device=weight.device)
-    blocks = _blocks(factor.upper, spec, options)
+    blocks = _blocks(factor.upper, spec, options, prune)
     lost = total = 0.0
-    for start in range(0, N, _ROWS):
-        rows = slice(start, min(start + _ROWS, N))
+    height = _ROWS if prune is None else N
+    for start in range(0, N, height):
+        rows = slice(start, min(start + height, N))
         W = weight[rows][:, factor.order].float()  # [n, K]
         kept = None if mask is None else mask[rows][:, factor.order]
         if measure:
-            total += _squared(W, factor)
+            total += squared(W, factor)
         q = QTensor(codes[rows], scale[rows], spec, None if zero is None else zero[rows])
-        lost += _round_(q, W, kept, factor, blocks, options)
-    return QTensor(codes, scale, spec, zero), _ratio(lost, total) if measure else None
+        lost += _round_(q, W, kept, factor, blocks, options, prune)
+        if prune is not None and mask is not None and kept is not None:
+            mask[:, factor.order] = kept
+    return QTensor(codes, scale, spec, zero), ratio(lost, total) if measure else None
 
 
 @dataclass(frozen=True)
@@ -164,7 +198,8 @@ class _Columns:
     """Columns start .. end - 1, in rounding order, between two updates.
 
     inverse   [B, B]: U, the inverse of R's own block
-    steps     parts of the block: each within options.block, and in one group where that is scaled on the way
+    steps     parts of the block: each within options.block, and in one group where that is scaled on the way, and in
+              one pattern where that is found on the way
     """
 
     start: int
@@ -178,10 +213,16 @@ def _scaled_on_the_way(spec: QuantSpec, options: GPTQ) -> bool:
     return spec.group_size is not None and options.act_order != "static"
 
 
-def _blocks(R: Tensor, spec: QuantSpec, options: GPTQ) -> list[_Columns]:
+def _blocks(R: Tensor, spec: QuantSpec, options: GPTQ, prune: PruneSpec | None = None) -> list[_Columns]:
+    K, of = len(R), adjacent(prune)
+    unit = K // spec.groups(K) if _scaled_on_the_way(spec, options) else -(-options.block // of) * of
+    return columns(R, unit, options.block, of if of > 1 else options.block)
+
+
+def columns(R: Tensor, unit: int, block: int, step: int) -> list[_Columns]:
+    """Blocks of about `block` columns, in whole units, which are cut into steps."""
     K = len(R)
-    unit = K // spec.groups(K) if _scaled_on_the_way(spec, options) else options.block
-    width = max(unit, options.block // unit * unit)
+    width = max(unit, block // unit * unit)
     blocks = []
     for start in range(0, K, width):
         end = min(start + width, K)
@@ -190,25 +231,35 @@ def _blocks(R: Tensor, spec: QuantSpec, options: GPTQ) -> list[_Columns]:
         steps = []
         for first in range(0, end - start, unit):
             last = min(first + unit, end - start)
-            steps += [(a, min(a + options.block, last)) for a in range(first, last, options.block)]
+            steps += [(a, min(a + step, last)) for a in range(first, last, step)]
         blocks.append(_Columns(start, end, inverse, steps))
     return blocks
 
 
-def _round_(q: QTensor, W: Tensor, kept: Tensor | None, factor: Factor, blocks: list[_Columns], options: GPTQ) -> float:
+def _round_(
+    q: QTensor,
+    W: Tensor,
+    kept: Tensor | None,
+    factor: Factor,
+    blocks: list[_Columns],
+    options: GPTQ,
+    prune: PruneSpec | None = None,
+) -> float:
     """Fill q from W [n, K] float32, which becomes D = W - W_hat, and kept, bool [n, K] or None, both in rounding order.
 
-    Returns tr(D H D^T).
+    With `prune`, `kept` becomes what stays. Returns tr(D H D^T).
     """
     R, T, bits = factor.upper, factor.push, q.spec.bits
     G = W.shape[1] // q.scale.shape[1]
     group = factor.order // G
     on_the_way = _scaled_on_the_way(q.spec, options)
+    mask = None if prune is None or kept is None else Mask(kept, factor.weights(), prune)
     if not on_the_way:
         original = torch.empty_like(W)
-        original[:, factor.order] = W if kept is None else W * kept
+        first = kept if mask is None else mask.guess(W, ((block.start, block.end) for block in blocks))
+        original[:, factor.order] = W if first is None else W * first
         _scale_(q, slice(None), original.view(len(W), -1, G), options)
-        del original
+        del original, first
     lost = 0.0
     past = None if T is None else torch.empty_like(W)  # every weight as it was when its turn came
     for block in blocks:
@@ -219,11 +270,19 @@ def _round_(q: QTensor, W: Tensor, kept: Tensor | None, factor: Factor, blocks: 
         if T is not None and past is not None:
             w.addmm_(past[:, :start] @ T[:start, here], U)
             push = T[here, here] @ U
+        if mask is not None and mask.unit == 1:
+            mask.settle_(start, w)
         for a, b in block.steps:
             now, later, columns = slice(a, b), slice(b, None), slice(start + a, start + b)
             if on_the_way and (start + a) % G == 0:
-                whole = w[:, a : a + G] if kept is None else w[:, a : a + G] * kept[:, start + a : start + a + G]
+                whole, places = w[:, a : a + G], slice(start + a, start + a + G)
+                if kept is not None:
+                    # What a pattern will leave of the group is not settled yet.
+                    stay = kept[:, places] if mask is None or mask.unit == 1 else mask.found(start + a, whole)
+                    whole = whole * stay
                 _scale_(q, slice(int(group[start + a]), int(group[start + a]) + 1), whole[:, None], options)
+            if mask is not None and mask.unit > 1:
+                mask.settle_(start + a, w[:, now])
             used, of = group[columns].unique(return_inverse=True)
             scale, zero = q.scale[:, used], None if q.zero is None else q.zero[:, used]
             keep = None if kept is None else kept[:, columns]
@@ -236,8 +295,8 @@ def _round_(q: QTensor, W: Tensor, kept: Tensor | None, factor: Factor, blocks: 
             if push is not None and past is not None:
                 past[:, columns] = errors * U.diagonal()[now] + rounded
                 w[:, later].addmm_(past[:, columns], push[now, later])
-        lost += _square_sum(left.addmm_(W[:, here], R[here, here]))
-    return lost - _shifted(W, factor)
+        lost += square_sum(left.addmm_(W[:, here], R[here, here]))
+    return lost - shifted(W, factor)
 
 
 def _scale_(q: QTensor, groups: slice, w: Tensor, options: GPTQ) -> None:
@@ -248,53 +307,54 @@ def _scale_(q: QTensor, groups: slice, w: Tensor, options: GPTQ) -> None:
         q.zero[:, groups] = zero
 
 
-def _squared(W: Tensor, factor: Factor) -> float:
+def squared(W: Tensor, factor: Factor) -> float:
     """tr(W H W^T) for W [n, K] in rounding order."""
     R, K = factor.upper, W.shape[1]
     total = 0.0
     for start in range(0, K, _WIDTH):
         end = min(start + _WIDTH, K)
-        total += _square_sum(W[:, :end] @ R[:end, start:end])
-    return total - _shifted(W, factor)
+        total += square_sum(W[:, :end] @ R[:end, start:end])
+    return total - shifted(W, factor)
 
 
-def _shifted(W: Tensor, factor: Factor) -> float:
+def shifted(W: Tensor, factor: Factor) -> float:
     """The part of it that what was added to H's diagonal makes."""
     return float(torch.linalg.vector_norm(W, dim=0, dtype=torch.float64).square() @ factor.shift)
 
 
-def _square_sum(x: Tensor) -> float:
+def square_sum(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _ratio(lost: float, total: float) -> float:
+def ratio(lost: float, total: float) -> float:
     return max(lost, 0.0) / total if total > 0 else 0.0
 
 
 @torch.no_grad()
-def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
-    """Quantize the linear layers of one decoder block; ValueError names the layer.
+def solve(block: Block, recipe: Recipe, cut: Cut | None = None) -> dict[str, Solved]:
+    """Quantize, and where the recipe says so prune, the linear layers of one decoder block; ValueError names the layer.
 
-    With options.sequential, what is quantized is put into block.module at once, and later layers see the inputs that it
-    makes. Experts with too few tokens, and layers that no token reaches, are rounded to nearest and say so.
+    cut: of the whole model, where that is what the pruner compares. With options.sequential, what is quantized is put
+    into block.module at once, and later layers see the inputs that it makes. Experts with too few tokens, and layers
+    that no token reaches, are rounded to nearest and say so.
     """
     options: GPTQ = recipe.options
     dense = {name: module.weight for name, module in block.linears.items()} if options.alpha > 0 else {}
     solved: dict[str, Solved] = {}
-    for sites in _passes(block, options):
-        hessians = _hessians(block, [site[0] for site in sites], options, dense)
+    for sites in passes(block, options):
+        gathered = hessians(block, [site[0] for site in sites], options, dense)
         for site in sites:
-            found = _solve_site(block, site, hessians.pop(site[0]), recipe)
+            found = _solve_site(block, site, gathered.pop(site[0]), recipe, cut)
             solved |= found
             for name, layer in found.items() if options.sequential else ():
                 _put(block.linears[name], layer.q)
-    for name, module in block.linears.items():
+    for name in block.linears:
         if name not in solved:
-            solved[name] = _rounded(name, module, recipe, "no token reaches it")
+            solved[name] = _rounded(block, name, recipe, "no token reaches it", cut=cut)
     return solved
 
 
-def _passes(block: Block, options: GPTQ) -> list[list[tuple[str, ...]]]:
+def passes(block: Block, options: GPTQ) -> list[list[tuple[str, ...]]]:
     """Which inputs are gathered in one pass over the data. An input is a tuple of layers that share it; what comes
     first is run first. Experts do not see each other: those of a layer go together."""
     stages: dict[str, list[tuple[str, ...]]] = {}
@@ -305,7 +365,7 @@ def _passes(block: Block, options: GPTQ) -> list[list[tuple[str, ...]]]:
     for stage_sites in stages.values():
         taken = _PASS_BYTES
         for site in stage_sites:
-            needed = 4 * _features(block.linears[site[0]]) ** 2
+            needed = 4 * features(block.linears[site[0]]) ** 2
             taken += needed
             if taken > _PASS_BYTES:
                 passes.append([site])
@@ -331,10 +391,10 @@ def _sites(block: Block) -> list[tuple[str, ...]]:
     return sites
 
 
-def _hessians(block: Block, names: Sequence[str], options: GPTQ, dense: dict[str, Tensor]) -> dict[str, Hessian]:
+def hessians(block: Block, names: Sequence[str], options: GPTQ, dense: dict[str, Tensor]) -> dict[str, Hessian]:
     """Of the inputs of the layers called `names`, in one pass over the data."""
-    hessians = {
-        name: Hessian(_features(block.linears[name]), block.device, options.alpha > 0 and not _expert(name))
+    found = {
+        name: Hessian(features(block.linears[name]), block.device, options.alpha > 0 and not _expert(name))
         for name in names
     }
     targets = block.inputs(names, dense=True) if options.alpha > 0 else None
@@ -344,57 +404,72 @@ def _hessians(block: Block, names: Sequence[str], options: GPTQ, dense: dict[str
             with _weights(block, dense):
                 target = next(targets)
         for name, x in seen.items():
-            hessians[name].add(x, target.get(name))
-    return hessians
+            found[name].add(x, target.get(name))
+    return found
 
 
-def _solve_site(block: Block, names: Sequence[str], hessian: Hessian, recipe: Recipe) -> dict[str, Solved]:
-    """Layers with one input, from one factorization."""
+def _solve_site(
+    block: Block, names: Sequence[str], hessian: Hessian, recipe: Recipe, cut: Cut | None = None
+) -> dict[str, Solved]:
+    """Layers with one input, from one factorization: the order of columns depends on groups, not on widths."""
     assert recipe.spec is not None
     options: GPTQ = recipe.options
     H, tokens = hessian.matrix(), hessian.tokens
-    modules = {name: block.linears[name] for name in names}
+    modules, specs = {name: block.linears[name] for name in names}, block.specs(recipe)
     few = starved(tokens, len(H))
     if few or not H.diagonal().any():
         why = f"{tokens} tokens" if few else "its inputs are all zero"
-        return {name: _rounded(name, module, recipe, why, H) for name, module in modules.items()}
+        return {name: _rounded(block, name, recipe, why, H, cut) for name in names}
     solved = {}
     name = names[0]
+    on_the_way = recipe.prune if recipe.prune is not None and recipe.prune.method == "sparsegpt" else None
     try:
-        factor = factorize(H, recipe.spec, options, hessian.drift())
+        factor = factorize(H, recipe.spec, options, hessian.drift(), on_the_way)
+        inputs = H.diagonal().sqrt()  # the norm of each, times the same number
         hessian.clear()
         del H
         for name, module in modules.items():
             weight = weight_of(module)
             notes = ["GPTAQ left out: experts"] if options.alpha > 0 and _expert(name) else []
             mask = None
-            if int(weight.count_nonzero()) <= (1 - _PRUNED) * weight.numel():
+            if on_the_way is not None:
+                mask = weight != 0
+            elif recipe.prune is not None:
+                mask = kept(f"{block.name}.{name}", weight, recipe.prune, inputs, cut)
+            elif int(weight.count_nonzero()) <= (1 - _PRUNED) * weight.numel():
                 mask = weight != 0
                 notes.append("mask kept")
-            q, error = quantize(weight, factor, recipe.spec, storage_dtype(weight), options, mask, measure=True)
+            dtype = storage_dtype(weight)
+            q, error = quantize(weight, factor, specs[name], dtype, options, mask, measure=True, prune=on_the_way)
+            if recipe.prune is not None and mask is not None:
+                notes.append(zeros_note(mask))
             solved[name] = Solved(q, error, factor.damp, "; ".join(notes))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return solved
 
 
-def _rounded(name: str, module: Linear, recipe: Recipe, why: str, H: Tensor | None = None) -> Solved:
-    """Round to nearest, with the output error where there is data."""
-    assert recipe.spec is not None
-    weight = weight_of(module)
+def _rounded(
+    block: Block, name: str, recipe: Recipe, why: str, H: Tensor | None = None, cut: Cut | None = None
+) -> Solved:
+    """Round to nearest, what is pruned by magnitude, with the output error where there is data."""
+    weight = dense = weight_of(block.linears[name])
+    note = f"{why}: rounded to nearest"
     try:
-        q = rtn(weight, recipe.spec, storage_dtype(weight), RTN(recipe.options.scale, recipe.options.clip))
+        if recipe.prune is not None:
+            spec = data_free_prune(recipe.prune)
+            weight = prune(f"{block.name}.{name}", dense, spec, cut=cut)
+            note = f"{zeros_note(weight, by_magnitude(recipe.prune))}; {note}"
+        q = rtn(
+            weight, block.specs(recipe)[name], storage_dtype(weight), RTN(recipe.options.scale, recipe.options.clip)
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     lost = None
     if H is not None and H.diagonal().any():
-        W, D = weight.float(), weight.float() - q.dequantize()
-        lost = _ratio(float((D @ H).mul_(D).sum(dtype=torch.float64)), float((W @ H).mul_(W).sum(dtype=torch.float64)))
-    return Solved(q, lost, note=f"{why}: rounded to nearest")
-
-
-def _features(module: Linear) -> int:
-    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        W, D = dense.float(), dense.float() - q.dequantize()
+        lost = ratio(float((D @ H).mul_(D).sum(dtype=torch.float64)), float((W @ H).mul_(W).sum(dtype=torch.float64)))
+    return Solved(q, lost, note=note)
 
 
 def _expert(name: str) -> bool:

@@ -8,6 +8,8 @@ the quadratic residues of a finite field, or are products of these.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +98,14 @@ class OnlineHadamard(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., n], in the dtype of x."""
         return apply_hadamard(x, self.core, self.signs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> OnlineHadamard:
+        """As for any module, but in float32 whatever the model is cast to."""
+        core, signs = self.core, self.signs
+        super()._apply(*args, **kwargs)
+        if self.core.dtype != core.dtype:
+            self.core, self.signs = core.to(self.core.device), signs.to(self.signs.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{len(self.signs)}, core={len(self.core)}"

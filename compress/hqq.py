@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from .grid import decode, encode, group_parameters
+from .knobs import HQQ
 from .rtn import QTensor, check_finite
-from .spec import HQQ, QuantSpec
+from .spec import QuantSpec
 
 # Weights worked on in one go: what a step keeps at a time stays in the cache, and no layer is copied whole.
 _CHUNK = 1 << 16

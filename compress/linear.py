@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -79,6 +81,14 @@ class QuantLinear(nn.Module):
         if a is None:
             return torch.ops.remanence.w4a16_linear(x, *weight)
         return torch.ops.remanence.integer_linear(x, self.x_scale, self.x_zero, *weight, a.bits, a.symmetric, a.clip)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> QuantLinear:
+        """As for any module, but the static grid keeps its dtype: `model.to(dtype)` is about the model's numbers."""
+        x_scale = self.x_scale
+        super()._apply(*args, **kwargs)
+        if x_scale is not None and self.x_scale is not None and self.x_scale.dtype != x_scale.dtype:
+            self.x_scale = x_scale.to(self.x_scale.device)
+        return self
 
     def codes(self) -> Tensor:
         """[N, K] uint8."""

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .block import Block, Hidden, Linear, enter
+from .block import Block, Hidden, enter
 from .footprint import Machine, Prediction, peak_rss, reset_peak, rss, steady_heap, trim_heap
+from .prune import cut_of
+from .recipe import Recipe
 from .sequential import compress_block_, make_block, needs_dense, round_
 from .shards import fill_, hollow_
-from .spec import QuantSpec, Recipe
+from .spec import QuantSpec
 from .stream import Job, Unit
-from .walk import compressed_weight, weight_of, within
+from .walk import compressed_weight, features, weight_of, within
 
 # Tokens that a trial sees, where there are so many; methods that look at a sample of the data look at that many.
 _TOKENS = 2048
@@ -62,6 +64,7 @@ def plan(job: Job, machine: Machine) -> Prediction:
     if entered:
         peaks.append(rss() + entered + _SLICES)
     seconds = trial.seconds + sum(size.dense for size in sizes) / trial.read + entered / trial.read
+    seconds += _cut_seconds(job, trial.read)
     seconds += final / machine.write + _PART_SECONDS * len(job.units)
     if job.recipe.calibrated:  # the others are in the trial
         beside = [name for name in job.layers if not within(name, job.blocks)]
@@ -97,7 +100,8 @@ def _rounded(job: Job) -> _Trial:
     widths: dict[int, str] = {}
     weights: dict[int, int] = {}
     for name in job.layers:
-        K = _features(job.model.get_submodule(name))
+        layer: Any = job.model.get_submodule(name)
+        K = features(layer)
         widths.setdefault(K, name)
         weights[K] = weights.get(K, 0) + _numel(job, name)
     seconds = 0.0
@@ -110,30 +114,55 @@ def _rounded(job: Job) -> _Trial:
         read += sum(tensor.nbytes for tensor in module.state_dict().values())
         weight = weight_of(module.to(job.device))[: max(1, _WEIGHTS // K)].clone()
         hollow_(module)
-        compressed_weight(name, weight, job.recipe)  # what cannot be is said by the layer's name
-        seconds += weights[K] * _mean_seconds(name, weight, job.recipe) / weight.numel()
+        recipe = _by_layer(job.recipe)
+        compressed_weight(name, weight, recipe)  # what cannot be is said by the layer's name
+        seconds += weights[K] * _mean_seconds(weight, recipe) / weight.numel()
     return _Trial(seconds, rss(), read / taken)
 
 
-def _mean_seconds(name: str, weight: Tensor, recipe: Recipe) -> float:
+def _mean_seconds(weight: Tensor, recipe: Recipe) -> float:
     """Of the method on `weight`. A mean over a second and more: what else runs on this machine takes its share, which a
     median of calls of milliseconds would not show."""
-    _round(name, weight, recipe)
+    _round(weight, recipe)
     count, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < _BUDGET:
-        _round(name, weight, recipe)
+        _round(weight, recipe)
         count += 1
     return spent / count
 
 
-def _round(name: str, weight: Tensor, recipe: Recipe) -> None:
-    if recipe.prune is not None:
-        compressed_weight(name, weight, recipe)
-        return
+def _round(weight: Tensor, recipe: Recipe) -> None:
     N, K = weight.shape
     layer = nn.Linear(K, N, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     round_(nn.ModuleDict({"layer": layer}), "layer", layer, recipe)
+
+
+def _by_layer(recipe: Recipe) -> Recipe:
+    """The same, with every layer by itself where the recipe compares all of them: what is done to one takes as long."""
+    if recipe.prune is None or recipe.prune.compared != "global":
+        return recipe
+    return replace(recipe, prune=replace(recipe.prune, scope="layer"))
+
+
+def _cut_seconds(job: Job, read: float) -> float:
+    """Of finding where the whole model is cut, by the pace of a few rows of one layer."""
+    prune = job.recipe.prune
+    if prune is None or prune.pattern is not None or prune.compared != "global":
+        return 0.0
+    name = job.layers[0]
+    module: Any = job.model.get_submodule(name)
+    fill_(module, name, job.mapping, job.reader)
+    weight = weight_of(module.to(job.device))[: max(1, _WEIGHTS // features(module))].clone()
+    hollow_(module)
+    cut_of(lambda: iter([(name, weight)]), weight.numel(), weight.dtype, prune)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < _BUDGET / 4:
+        cut_of(lambda: iter([(name, weight)]), weight.numel(), weight.dtype, prune)
+        count += 1
+    each = (time.perf_counter() - start) / (count * weight.numel())
+    numbers = sum(_numel(job, name) for name in job.layers)
+    return numbers * (each + 3 * job.model.dtype.itemsize / read)
 
 
 # Calibrated methods: a block with a few batches, and what every further batch takes.
@@ -191,7 +220,7 @@ def _try(job: Job, number: int, batches: list[Tensor], calls: Any) -> _Trial:
 
 
 def _try_once(job: Job, number: int, batches: list[Tensor], calls: Any, iterations: int | None = None) -> _Trial:
-    name, recipe = job.blocks[number], job.recipe
+    name, recipe = job.blocks[number], _by_layer(job.recipe)
     if iterations is not None:
         recipe = replace(recipe, options=replace(recipe.options, iterations=iterations))
     trim_heap()
@@ -309,7 +338,7 @@ class _Size:
             weight = tensors.get(f"{layer}.weight")
             if weight is None:
                 continue
-            work, kept = _layer(job.recipe, weight, isinstance(job.model.get_submodule(layer), Conv1D))
+            work, kept = _layer(job.recipe, layer, weight, isinstance(job.model.get_submodule(layer), Conv1D))
             peak = max(peak, live + work + _SLICES)
             live += kept - weight.nbytes
             packed += kept - weight.nbytes + 2 * _ENTRY
@@ -317,18 +346,22 @@ class _Size:
             for layer in job.layers:
                 if f"{layer}.weight" in tensors:
                     weight = tensors[f"{layer}.weight"]
-                    packed += _layer(job.recipe, weight, False)[1] - weight.nbytes + 2 * _ENTRY
+                    packed += _layer(job.recipe, layer, weight, False)[1] - weight.nbytes + 2 * _ENTRY
         return cls(dense, packed, max(peak, live + _BUFFER + _SLICES))
 
 
-def _layer(recipe: Recipe, weight: Tensor, transposed: bool) -> tuple[int, int]:
+def _layer(recipe: Recipe, name: str, weight: Tensor, transposed: bool) -> tuple[int, int]:
     """Bytes beside weight [N, K] (Conv1D: [K, N]) while it is compressed, and of what stays."""
     N, K = weight.shape[::-1] if transposed else weight.shape
+    pruning = 0
+    if recipe.prune is not None:
+        # A copy, what its weights count, what the search for the threshold takes (values and their places), and masks.
+        counted = max(weight.itemsize, 4 if recipe.prune.method == "random" else 0)
+        pruning = weight.numel() * (weight.itemsize + 2 * counted + 8 + 3)
     if recipe.spec is None:
-        # A copy, its absolute values, and what the search for the threshold takes: values and their places.
-        return weight.numel() * (3 * weight.itemsize + 8 + 2), weight.nbytes
-    kept = _packed(recipe.spec, N, K)
-    return N * K + kept + (weight.nbytes if transposed else 0), kept
+        return pruning, weight.nbytes
+    kept = _packed(recipe.spec_of(name), N, K)
+    return max(pruning, N * K + kept + (weight.nbytes if transposed or pruning else 0)), kept
 
 
 def _packed(spec: QuantSpec, N: int, K: int) -> int:
@@ -365,8 +398,3 @@ def _width(job: Job) -> int:
 def _numel(job: Job, name: str) -> int:
     weight: Any = job.model.get_submodule(name).weight
     return weight.numel()
-
-
-def _features(module: Linear | nn.Module) -> int:
-    weight: Any = module.weight
-    return weight.shape[0 if isinstance(module, Conv1D) else 1]

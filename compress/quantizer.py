@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import has_experts
 from .formats import compressed_tensors as ct
+from .formats import sparse24
 from .integration import MARK, METHOD, read_mark
 from .linear import QuantLinear
 from .transforms import transform_from, transform_names
@@ -45,6 +46,11 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(self, **given: Any) -> None:
         self.quant_method: Any = METHOD
         self.given = given
+        if sparse24.is_config(given):
+            raise ValueError(
+                "quantization_config.sparsity_config: from_pretrained does not read layers that are stored sparse; "
+                "remanence.load_model does"
+            )
         self.schemes = ct.Schemes(given)
         self.recipe = read_mark(given)
         self.weights = given[MARK].get("weights") if isinstance(given[MARK], dict) else None

@@ -18,26 +18,16 @@ from typing import Any
 
 import yaml
 
-from .spec import (
-    HEAD,
-    METHODS,
-    PARTS,
-    PRUNERS,
-    PruneSpec,
-    QuantSpec,
-    Recipe,
-    make_options,
-    make_part,
-    parse_calibration,
-    parse_recipe,
-)
+from .knobs import METHODS, make_options
+from .recipe import HEAD, PARTS, Recipe, make_part, parse_recipe
+from .spec import PRUNERS, QuantSpec, parse_calibration
 
 _FIELDS = (
     "method",
     "bits",
     "group_size",
     "symmetric",
-    "sparsity",
+    "widths",
     "options",
     "ignore",
     "calibration",
@@ -89,24 +79,22 @@ def from_yaml(text: str) -> Recipe:
     known = {"dense", *METHODS, *PRUNERS}
     if method not in known:
         raise ValueError(f"method: {method!r} is not one of {', '.join(sorted(known))}")
-    bits, sparsity = _typed(given, "bits", int, None), given.get("sparsity")
+    bits = _typed(given, "bits", int, None)
     if (method in METHODS and method != "bnb") != (bits is not None):
         raise ValueError(f"bits: {bits} does not go with {method}")
     spec = None if bits is None else QuantSpec(bits, _typed(given, "group_size", int, None), _symmetric(given))
-    if sparsity is not None and not isinstance(sparsity, int | float):
-        raise ValueError(f"sparsity: {sparsity!r} is not a share, e.g. 0.5")
     options = _typed(given, "options", dict, None)
     if options is not None and method not in METHODS:
         raise ValueError(f"options: {method} has none")
     calibration = _typed(given, "calibration", str, None)
     parts = {name: _typed(given, name, dict, None) for name in PARTS}
-    if (sparsity is not None) != (method in PRUNERS):
-        raise ValueError(f"sparsity: {sparsity} does not go with {method}")
+    if method in PRUNERS and parts["prune"] is not None:
+        parts["prune"] = {"method": method, **parts["prune"]}
     return Recipe(
         method,
         spec,
         ignore=_ignore(given),
-        prune=None if sparsity is None else PruneSpec(sparsity),
+        widths=_widths(given),
         options=None if options is None else make_options(method, _with_scale(options, spec)),
         calibration=None if calibration is None else parse_calibration(calibration),
         **{name: make_part(name, part) for name, part in parts.items() if part is not None},
@@ -118,8 +106,8 @@ def to_yaml(recipe: Recipe) -> str:
     values: dict[str, Any] = {"method": recipe.method}
     if recipe.spec is not None:
         values |= {"bits": recipe.spec.bits, "group_size": recipe.spec.group_size, "symmetric": recipe.spec.symmetric}
-    if recipe.prune is not None:
-        values["sparsity"] = recipe.prune.sparsity
+    if recipe.widths:
+        values["widths"] = {bits: list(patterns) for bits, patterns in recipe.widths}
     if recipe.options is not None:
         values["options"] = {field.name: getattr(recipe.options, field.name) for field in fields(recipe.options)}
     values["ignore"] = list(recipe.ignore)
@@ -144,6 +132,15 @@ def _symmetric(given: dict[str, Any]) -> bool:
 def _with_scale(options: dict[str, Any], spec: QuantSpec | None) -> dict[str, Any]:
     """Knobs for an asymmetric format have its scale where none is given."""
     return options if spec is None or spec.symmetric or "scale" in options else options | {"scale": "minmax"}
+
+
+def _widths(given: dict[str, Any]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    value = _typed(given, "widths", dict, {})
+    for bits, patterns in value.items():
+        listed = isinstance(patterns, list) and all(isinstance(entry, str) for entry in patterns)
+        if type(bits) is not int or not listed:
+            raise ValueError(f"widths: {bits!r}: {patterns!r}; expected a width and a list of module names")
+    return tuple((bits, tuple(patterns)) for bits, patterns in sorted(value.items()))
 
 
 def _ignore(given: dict[str, Any]) -> tuple[str, ...]:

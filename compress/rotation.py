@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -673,19 +673,24 @@ def _norm_turns(model: nn.Module, name: str, norm: _Norm, absorbed: bool) -> dic
 
 
 @torch.no_grad()
-def online_rotations(model: PreTrainedModel, seed: int = 0) -> dict[str, nn.Module]:
-    """R4: a randomized Hadamard on the input of what writes to the residual stream from an MLP (down_proj, fc2).
-
-    The weights of these layers are rotated, in place, in float64: the model is the same again once every transform in
-    the answer is applied to the input of the layer of that name. Layers behind attention are left out, as rotate_ has
-    their heads; where no heads could be established they are in it. Raises ValueError as rotate_.
-    """
+def online_layers(model: PreTrainedModel) -> list[str]:
+    """Names of what writes to the residual stream from an MLP (down_proj, fc2). Layers behind attention are left out,
+    as rotate_ has their heads; where no heads could be established they are in it. Raises ValueError as rotate_."""
     found = _look(model)
+    inside = tuple(f"{layer}." for layer in found.stream.entered)
+    return [name for name in found.stream.writers if name not in found.heads and name.startswith(inside)]
+
+
+@torch.no_grad()
+def online_rotations(model: PreTrainedModel, names: Sequence[str], seed: int = 0) -> dict[str, nn.Module]:
+    """R4: a randomized Hadamard on the input of the layers of these names (see online_layers).
+
+    Their weights are rotated, in place, in float64: the model is the same again once every transform in the answer is
+    applied to the input of the layer of that name.
+    """
     generator = torch.Generator().manual_seed(seed)
     transforms: dict[str, nn.Module] = {}
-    for name in found.stream.writers:
-        if name in found.heads or not any(name.startswith(f"{layer}.") for layer in found.stream.entered):
-            continue
+    for name in names:
         module: Any = model.get_submodule(name)
         W = weight_of(module).double()
         core, signs = randomized(W.shape[1], generator)
@@ -695,10 +700,10 @@ def online_rotations(model: PreTrainedModel, seed: int = 0) -> dict[str, nn.Modu
     return transforms
 
 
-def hang_(model: PreTrainedModel, seed: int = 0) -> None:
+def hang_(model: PreTrainedModel, names: Sequence[str], seed: int = 0) -> None:
     """As online_rotations, with every transform hung on its layer: it runs in front of it, and goes with what replaces
     it."""
-    for name, transform in online_rotations(model, seed).items():
+    for name, transform in online_rotations(model, names, seed).items():
         module = model.get_submodule(name)
         module.transform = transform
         module.register_forward_pre_hook(_transformed)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .grid import decode, encode, group_parameters
-from .spec import RTN, QuantSpec
+from .knobs import RTN
+from .spec import QuantSpec
 
 # Weights looked at in one go: what is computed on the way stays in the cache, and no layer is copied whole.
 _SLICE = 1 << 17

@@ -25,8 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from .block import Block, Linear, Solved
 from .experts import starved
 from .grid import encode
+from .knobs import RTN, SignRound
+from .recipe import Recipe
 from .rtn import QTensor, rtn
-from .spec import RTN, QuantSpec, Recipe, SignRound
+from .spec import QuantSpec
 from .walk import storage_dtype, weight_of
 
 # Of a range's share that is learned. With the default rate it moves by 1/2 in all.
@@ -52,8 +54,7 @@ class Learned:
 
 def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
     """Every linear layer of the block, its rounding learned; the block's weights are left as they were."""
-    assert recipe.spec is not None
-    found = learn(block, recipe.spec, recipe.options)
+    found = learn(block, block.specs(recipe), recipe.options)
     errors = output_errors(block, found.q)
     solved = {}
     for name, q in found.q.items():
@@ -63,8 +64,8 @@ def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
     return solved
 
 
-def learn(block: Block, spec: QuantSpec, options: SignRound) -> Learned:
-    """Quantize the linear layers of `block`, all at once.
+def learn(block: Block, specs: Mapping[str, QuantSpec], options: SignRound) -> Learned:
+    """Quantize the linear layers of `block` to their formats, all at once.
 
     Every step sees whole batches of the calibration data, as many as make up options.batch sequences. The same data
     gives the same result. Memory: the dense block's outputs on all batches, in the hidden states' dtype; some 20 bytes
@@ -72,7 +73,7 @@ def learn(block: Block, spec: QuantSpec, options: SignRound) -> Learned:
     backward pass through the block keeps.
     """
     targets, tokens = _dense_outputs(block)
-    start = {name: _start(module, spec, options) for name, module in block.linears.items()}
+    start = {name: _start(module, specs[name], options) for name, module in block.linears.items()}
     learned = {
         name: Rounding(weight_of(block.linears[name]), q)
         for name, q in start.items()

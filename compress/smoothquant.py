@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .block import Block, Solved
+from .knobs import RTN, SmoothQuant
+from .recipe import Recipe
 from .rtn import rtn
 from .sites import Site, observe, sites
 from .smooth import fold_, survey
-from .spec import RTN, Recipe, SmoothQuant
 from .walk import storage_dtype, weight_of
 
 # Least s and least max|w|, as the authors' code has it.
@@ -27,7 +28,7 @@ _LEAST = 1e-5
 @torch.no_grad()
 def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
     """Quantize the block's linear layers; scales are folded into the dense block, in place."""
-    assert recipe.spec is not None
+    specs = block.specs(recipe)
     found, refused = survey(block)
     behind_norms = [pair for pair in found if pair.form != "linear"]
     inputs, _ = observe(block)
@@ -40,7 +41,7 @@ def solve(block: Block, recipe: Recipe) -> dict[str, Solved]:
     solved = {}
     for name, layer in block.linears.items():
         weight = weight_of(layer)
-        q = rtn(weight, recipe.spec, storage_dtype(weight), RTN(recipe.options.scale, recipe.options.clip))
+        q = rtn(weight, specs[name], storage_dtype(weight), RTN(recipe.options.scale, recipe.options.clip))
         s = factors.get(name, torch.ones(1, device=weight.device))
         error = inputs[name].error(weight.float() / s, q.dequantize() / s) if name in inputs else None
         note = f"not smoothed {refused[name]}" if name in refused else ""

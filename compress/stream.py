@@ -30,6 +30,7 @@ from .checkpoint import (
     load_tokenizer,
     local_directory,
     packed_state,
+    sparse_config,
     stock_readable,
     weight_bytes,
     write_config,
@@ -38,12 +39,23 @@ from .checkpoint import (
 from .files import atomic_dir, publish, read_json, write_json
 from .footprint import available_memory, steady_heap, trim_heap
 from .formats import compressed_tensors as ct
+from .gate import one_by_one
 from .integration import mark
+from .prune import Cut
+from .recipe import Recipe
 from .rtn import finite
-from .sequential import LayerReport, check_batches, compress_, compress_block_, make_block, needs_dense, round_
+from .sequential import (
+    LayerReport,
+    check_batches,
+    compress_,
+    compress_block_,
+    make_block,
+    needs_dense,
+    round_,
+)
 from .shards import ShardReader, ShardWriter, fill_, hollow_, hollow_model, names
-from .spec import ActivationSpec, QuantSpec, Recipe
-from .walk import check_unshared, fitting_linears, linears, prunable_linears, prune_layer_, replace, within
+from .spec import ActivationSpec, QuantSpec
+from .walk import check_unshared, fitting_linears, global_cut, linears, prunable_linears, replace, weight_of, within
 
 _JOURNAL = "progress.json"
 # What is not in a decoder block (embeddings, norms, the head) is written in parts of at least this many bytes.
@@ -63,10 +75,23 @@ class Job:
     """A checkpoint, a recipe, data, and the order of work. Nothing is read yet but names, shapes and the config.
 
     source   directory of the dense model;  batches: token ids int64 [B, T] without padding, for calibrated recipes
+    sparse   store what is pruned 2:4 without its zeros, as `save_model` has it
     Raises ValueError for whatever keeps the recipe from being carried out, FileNotFoundError for a missing model.
     """
 
-    def __init__(self, source: Path, recipe: Recipe, batches: Sequence[Tensor] = (), device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: Path,
+        recipe: Recipe,
+        batches: Sequence[Tensor] = (),
+        device: str = "cpu",
+        sparse: bool = False,
+    ) -> None:
+        if recipe.retrain is not None:
+            raise ValueError(f"retrain: goes through all of the model, and {recipe} is not streamed")
+        if sparse and (recipe.spec is not None or recipe.prune is None or recipe.prune.pattern != "2:4"):
+            raise ValueError(f"sparse: goes with a recipe that prunes 2:4 and no more, e.g. wanda-2:4; got {recipe}")
+        self.sparse = sparse
         self.source, self.recipe, self.batches = Path(source), recipe, batches if recipe.calibrated else ()
         self.device = torch.device(device)
         self.reader = ShardReader(self.source)
@@ -75,19 +100,22 @@ class Job:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         # Whether the result can be loaded whole, to be compared with what was in memory.
         self.small = 4 * sum(self.reader.bytes(key) for key in set(self.mapping.values())) < available_memory()
-        fitting = fitting_linears if recipe.prune is None else prunable_linears
+        fitting = prunable_linears if recipe.spec is None else fitting_linears
         layers: list[tuple[str, Linear]] = fitting(self.model, recipe)
         check_unshared(self.model, layers, recipe)
         # Names alone: a module kept here would keep its dense weight.
         self.layers = tuple(name for name, _ in layers)
         if recipe.calibrated:
             check_batches(recipe, batches, self.model)
+            if recipe.gate is not None:
+                self.batches = one_by_one(batches, recipe.gate)
         self.dense = [name for name, _ in linears(self.model, ()) if name not in self.layers]
         self.file_names = file_names(self.model)
         linear = recipe.spec is None or all(isinstance(layer, nn.Linear) for _, layer in layers)
         a = recipe.activation
         own = a is not None and a.dynamic and (a.search or a.clip != 1)
-        self.stock_readable = stock_readable(self.model, linear, own or recipe.method == "flatquant")
+        readable = stock_readable(self.model, linear, own or recipe.method == "flatquant", a is not None)
+        self.stock_readable = readable and not sparse
         self.blocks = block_names(self.model)
         self.repeated = _repeated(self.model)
         self.units = [*self._outside(), *(Unit((name,), number) for number, name in enumerate(self.blocks))]
@@ -112,6 +140,20 @@ class Job:
         if group:
             yield Unit(tuple(group))
 
+    def cut(self) -> Cut | None:
+        """Where the whole model is cut, by reading every layer three times; None for a recipe that does not compare all
+        of them."""
+
+        def weight(name: str) -> Tensor:
+            module: Any = self.model.get_submodule(name)
+            fill_(module, name, self.mapping, self.reader)
+            found = weight_of(module).detach().to(self.device)
+            hollow_(module)
+            return found
+
+        layers: list[tuple[str, Any]] = [(name, self.model.get_submodule(name)) for name in self.layers]
+        return global_cut(layers, weight, self.recipe)
+
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on with what another left."""
         files = [*sorted(self.source.glob("*.safetensors")), self.source / "config.json"]
@@ -127,6 +169,7 @@ class Job:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": str(self.device),
+            "sparse": self.sparse,
         }
 
 
@@ -149,32 +192,44 @@ Notify = Callable[[str, LayerReport | None], None]
 
 
 def compress_to(
-    source: Path | str, recipe: Recipe, target: Path | str, batches: Sequence[Tensor] = (), device: str = "cpu"
+    source: Path | str,
+    recipe: Recipe,
+    target: Path | str,
+    batches: Sequence[Tensor] = (),
+    retraining: Sequence[Tensor] = (),
+    device: str = "cpu",
+    sparse: bool = False,
 ) -> dict[str, Any]:
-    """Compress the model at `source` (a directory or hub id) into the new directory `target`; see compress_streamed."""
+    """Compress the model at `source` (a directory or hub id) into the new directory `target`; see Job, and
+    compress_streamed."""
     directory = local_directory(source)
     if whole(recipe):
-        return compress_whole(directory, recipe, target, batches)
-    return compress_streamed(Job(directory, recipe, batches, device), load_tokenizer(directory), target)
+        return compress_whole(directory, recipe, target, batches, retraining, sparse)
+    return compress_streamed(Job(directory, recipe, batches, device, sparse), load_tokenizer(directory), target)
 
 
 def whole(recipe: Recipe) -> bool:
-    """Whether it takes the whole model in memory: bitsandbytes' own code writes its formats, and a rotation goes along
-    all of the residual stream."""
-    return recipe.method == "bnb" or recipe.rotation is not None
+    """Whether it takes the whole model in memory: bitsandbytes' own code writes its formats, a rotation goes along all
+    of the residual stream, and training goes through all layers."""
+    return recipe.method == "bnb" or recipe.rotation is not None or recipe.retrain is not None
 
 
 def compress_whole(
-    directory: Path, recipe: Recipe, target: Path | str, batches: Sequence[Tensor] = ()
+    directory: Path,
+    recipe: Recipe,
+    target: Path | str,
+    batches: Sequence[Tensor] = (),
+    retraining: Sequence[Tensor] = (),
+    sparse: bool = False,
 ) -> dict[str, Any]:
-    """As compress_streamed, with the whole model in memory."""
+    """As compress_streamed, with the whole model in memory; `sparse` as in Job."""
     start = time.perf_counter()
     model, tokenizer = load_model(directory), load_tokenizer(directory)
     parameters = sum(p.numel() for p in model.parameters())
     layers: list[LayerReport] = []
-    compress_(model, recipe, batches, layers.append)
+    compress_(model, recipe, batches, layers.append, retraining)
     with atomic_dir(target) as work:
-        write_model(model, tokenizer, work, recipe)
+        write_model(model, tokenizer, work, recipe, sparse)
         ids = torch.arange(min(_PROBE, model.config.get_text_config().vocab_size))[None]
         with torch.no_grad():
             difference = float((load_model(work)(ids).logits - model(ids).logits).abs().max())
@@ -233,6 +288,10 @@ def compress_streamed(
         if job.recipe.spec is not None:
             schemes = _schemes(job.recipe.spec, job.recipe.activation, layers)
             quantization = ct.to_config(schemes, job.dense) | mark(job.recipe, run.writer.stem, has_experts(job.model))
+        elif job.sparse:
+            quantization = sparse_config(
+                ShardReader(work, OWN_STEM).keys(), job.dense, job.recipe, has_experts(job.model)
+            )
         write_config(job.model, work, quantization)
         tokenizer.save_pretrained(work)
         (work / _JOURNAL).unlink()
@@ -295,6 +354,7 @@ class _Run:
             self.forget(block)
         self.writer = ShardWriter.resume(work, "model" if job.stock_readable else OWN_STEM)
         self.calls: list[Calls] = []
+        self.cut: Cut | None = None
         # A short sequence that goes through every block as it is compressed, to compare with what is read back.
         self.probe: Hidden | None = None
         self.probe_calls: list[Calls] = []
@@ -309,6 +369,9 @@ class _Run:
         """Do what is not done yet."""
         job, journal = self.job, self.journal
         done = journal["done"]
+        if done < len(job.units):
+            self.cut = job.cut()
+            trim_heap()
         self.enter(fresh=done == 0, block=self.first)
         for number, unit in list(enumerate(job.units))[done:]:
             title = ", ".join(unit.modules) if unit.block is None else f"block {unit.block + 1} of {len(job.blocks)}"
@@ -368,13 +431,12 @@ class _Run:
             before, after = self.hidden(k), self.hidden(k + 1)
             dense_before, dense_after = (self.hidden(j, "dense") if dense else None for j in (k, k + 1))
             block = make_block(job.model, unit.modules[0], set(job.layers), self.calls[k], before, dense_before)
-            layers = compress_block_(block, job.recipe, after, dense_after)
+            layers = compress_block_(block, job.recipe, after, dense_after, self.cut)
             for states in (before, after, dense_before, dense_after):
                 if states is not None:
                     states.close()
         else:
-            done = [self.compress_layer(name) for name in job.layers if within(name, unit.modules)]
-            layers = [report for report in done if report is not None]
+            layers = [self.compress_layer(name) for name in job.layers if within(name, unit.modules)]
         if unit.block is not None and self.probe is not None:
             name, calls = unit.modules[0], self.probe_calls[unit.block]
             with torch.no_grad():
@@ -382,19 +444,16 @@ class _Run:
                 self.probe.write(0, Block(name, module, {}, job.model.config, calls, self.probe).forward(0))
         return layers
 
-    def compress_layer(self, name: str) -> LayerReport | None:
-        """One layer, in place, without data; a report where it is quantized."""
-        job = self.job
-        layer: Any = job.model.get_submodule(name)
-        if job.recipe.prune is None:
-            return round_(job.model, name, layer, job.recipe)
-        prune_layer_(name, layer, job.recipe)
-        return None
+    def compress_layer(self, name: str) -> LayerReport:
+        """One layer, in place, without data."""
+        layer: Any = self.job.model.get_submodule(name)
+        return round_(self.job.model, name, layer, self.job.recipe, self.cut)
 
     def write(self, number: int, unit: Unit) -> None:
         """Write a unit as it is now, and forget it."""
         model = self.job.model
-        state = {key: value for name in unit.modules for key, value in packed_state(model, name).items()}
+        sparse = self.job.layers if self.job.sparse else ()
+        state = {key: value for name in unit.modules for key, value in packed_state(model, name, sparse).items()}
         state = {key: value for key, value in state.items() if key not in self.job.repeated}
         self.writer.write(number, in_files(state, self.job.file_names))
         del state

@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .block import Linear
-from .experts import routers, unfuse_experts_
+from .experts import routers
 from .hqq import hqq
 from .linear import QuantLinear
-from .prune import magnitude
-from .rtn import QTensor, finite, rtn
-from .spec import HEAD, ActivationSpec, PruneSpec, QuantSpec, Recipe
+from .prune import PRUNERS as PRUNERS
+from .prune import Cut, check_features, cut_of, prune
+from .recipe import HEAD, Recipe
+from .rtn import QTensor, rtn
+from .spec import ActivationSpec, PruneSpec, QuantSpec, names
 
 # Quantizers that need the weight alone; the calibrated ones are in sequential.py.
 DATA_FREE: dict[str, Callable[[Tensor, QuantSpec, torch.dtype, Any], QTensor]] = {"rtn": rtn, "hqq": hqq}
-Pruner = Callable[[Tensor, PruneSpec], Tensor]
-PRUNERS: dict[str, Pruner] = {"magnitude": magnitude}
 
 
 def linears(model: nn.Module, ignore: tuple[str, ...]) -> Iterator[tuple[str, Linear]]:
@@ -40,25 +40,30 @@ def linears(model: nn.Module, ignore: tuple[str, ...]) -> Iterator[tuple[str, Li
 
 
 def _ignored(model: nn.Module, ignore: tuple[str, ...]) -> set[str]:
-    names = [name for name, _ in model.named_modules() if name]
+    modules = [name for name, _ in model.named_modules() if name]
     left: set[str] = set()
     for pattern in ignore:
-        if pattern.startswith("re:"):
-            try:
-                found = [name for name in names if re.fullmatch(pattern[3:], name)]
-            except re.error as error:
-                raise ValueError(f"ignore: {pattern!r} is no regular expression: {error}") from None
-        else:
-            found = [name for name in names if within(name, [pattern]) or name.rpartition(".")[2] == pattern]
-        if not found and pattern not in HEAD:
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"ignore: {pattern!r} names no module of {type(model).__name__}{hint}")
-        left |= {name for name in names if within(name, found)}
+        # A model without a module of that name may have its head under another one.
+        if pattern not in HEAD or any(names(pattern, name) for name in modules):
+            left |= {name for name in modules if within(name, meant("ignore", pattern, modules, type(model).__name__))}
         if pattern in HEAD and isinstance(model, PreTrainedModel):
             head = model.get_output_embeddings()
             left |= {name for name, module in model.named_modules() if module is head}
     return left
+
+
+def meant(field: str, pattern: str, among: Sequence[str], model: str) -> list[str]:
+    """Those of the names that a pattern of the recipe's `field` means; ValueError when it is none of the `model`'s."""
+    try:
+        found = [name for name in among if names(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from None
+    if not found:
+        known = dict.fromkeys([*among, *(name.rpartition(".")[2] for name in among)])
+        near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{field}: {pattern!r} names no module of {model}{hint}")
+    return found
 
 
 def within(name: str, places: Iterable[str]) -> bool:
@@ -71,28 +76,15 @@ def weight_of(module: Linear) -> Tensor:
     return module.weight.T.contiguous() if isinstance(module, Conv1D) else module.weight
 
 
+def features(module: Linear) -> int:
+    """K, of a weight [N, K]."""
+    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+
+
 def storage_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a scale: the model's own if it has 16 bits, float16 for float32 models (8 bytes per group saved
     are worth more than bits that the codes cannot use)."""
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def prune_(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """Set to zero, in place, what `recipe` takes from every linear layer that it does not ignore.
-
-    Raises ValueError, before anything is changed, for weights that are not finite or also the input embedding.
-    """
-    unfuse_experts_(model)
-    layers = prunable_linears(model, recipe)
-    embeddings = model.get_input_embeddings().weight
-    for name, module in layers:
-        if module.weight is embeddings:
-            raise ValueError(f"{recipe}: {name}: its weight is also the input embedding, not to be pruned")
-        if not finite(module.weight):
-            raise ValueError(f"{recipe}: {name}: weight: contains NaN or infinity and cannot be pruned")
-    for name, module in layers:
-        prune_layer_(name, module, recipe)
-    return model
 
 
 def prunable_linears(model: nn.Module, recipe: Recipe) -> list[tuple[str, Linear]]:
@@ -101,14 +93,48 @@ def prunable_linears(model: nn.Module, recipe: Recipe) -> list[tuple[str, Linear
     layers = [(name, module) for name, module in linears(model, recipe.ignore) if name not in left]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no linear layer to prune")
+    _check_pattern(layers, recipe)
     return layers
 
 
+def _check_pattern(layers: Sequence[tuple[str, Linear]], recipe: Recipe) -> None:
+    if recipe.prune is None:
+        return
+    for name, module in layers:
+        try:
+            check_features(features(module), recipe.prune)
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {name}: {error}") from None
+
+
+def global_cut(layers: Iterable[tuple[str, Linear]], weights: Callable[[str], Tensor], recipe: Recipe) -> Cut | None:
+    """Where `layers` are cut, for a recipe that compares the weights of all of them; else None.
+
+    weights   the weight [N, K] of the layer of a name; asked for in three passes, and not kept
+    """
+    if recipe.prune is None:
+        return None
+    layers = list(layers)
+    numbers = sum(module.weight.numel() for _, module in layers)
+    wide = any(module.weight.dtype == torch.float64 for _, module in layers)
+    dtype = torch.float64 if wide else torch.float32
+    try:
+        return cut_of(lambda: ((name, weights(name)) for name, _ in layers), numbers, dtype, recipe.prune)
+    except ValueError as error:
+        raise ValueError(f"{recipe}: {error}") from None
+
+
+def data_free_prune(spec: PruneSpec) -> PruneSpec:
+    """By magnitude, for layers of which a calibrated pruner sees no data: as many, compared as its own are."""
+    if not spec.calibrated:
+        return spec
+    return PruneSpec(spec.sparsity, "magnitude", spec.pattern, None if spec.pattern else spec.compared)
+
+
 @torch.no_grad()
-def prune_layer_(name: str, module: Linear, recipe: Recipe) -> None:
-    """Set to zero, in place, what `recipe` takes from one layer."""
-    new = compressed_weight(name, weight_of(module), recipe)
-    module.weight.copy_(new.T if isinstance(module, Conv1D) else new)
+def put_weight_(module: Linear, weight: Tensor) -> None:
+    """`weight` [N, K] in the place of a layer's own, in its dtype, whichever way the module keeps it."""
+    module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
 
 
 def fitting_linears(model: nn.Module, recipe: Recipe) -> list[tuple[str, Linear]]:
@@ -122,11 +148,15 @@ def fitting_linears(model: nn.Module, recipe: Recipe) -> list[tuple[str, Linear]
     layers = [(name, module) for name, module in linears(model, recipe.ignore) if name not in left]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no linear layer to quantize")
+    for bits, patterns in recipe.widths:
+        for pattern in patterns:
+            meant(f"w{bits}", pattern, [name for name, _ in layers], f"{type(model).__name__}'s quantized layers")
     for name, module in layers:
         try:
-            recipe.spec.groups(module.weight.shape[0 if isinstance(module, Conv1D) else 1])
+            recipe.spec.groups(features(module))
         except ValueError as error:
             raise ValueError(f"{recipe}: {name}: {error}") from None
+    _check_pattern(layers, recipe)
     return layers
 
 
@@ -147,24 +177,33 @@ def check_unshared(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], re
 
 def quantize_weight(name: str, weight: Tensor, recipe: Recipe) -> QTensor:
     """Weight [N, K] of the layer called `name`, as `recipe` has it without data; ValueError names recipe and layer."""
-    assert recipe.spec is not None
     try:
-        return DATA_FREE[recipe.method](weight, recipe.spec, storage_dtype(weight), recipe.options)
+        return DATA_FREE[recipe.method](weight, recipe.spec_of(name), storage_dtype(weight), recipe.options)
     except ValueError as error:
         raise ValueError(f"{recipe}: {name}: {error}") from None
 
 
-def compressed_weight(name: str, weight: Tensor, recipe: Recipe) -> Tensor:
-    """The weight [N, K] of the layer called `name` as the compressed layer multiplies with it: dequantized in float32,
-    pruned in its own dtype, or as it is under the dense recipe. ValueError names recipe and layer."""
+def compressed_weight(name: str, weight: Tensor, recipe: Recipe, cut: Cut | None = None) -> Tensor:
+    """The weight [N, K] of the layer called `name` as the compressed layer multiplies with it: pruned, then dequantized
+    in float32, where the recipe has that; else in its own dtype. cut: see prune.Cut.
+
+    ValueError names recipe and layer; also for a pruner that needs data, or, without `cut`, the whole model.
+    """
     if recipe.method == "bnb":
         from .bnb import dequantized_weight, quantized_layer  # which walks
 
         return dequantized_weight(quantized_layer(weight, None, recipe.options))
-    if recipe.prune is None:
-        return weight if recipe.spec is None else quantize_weight(name, weight, recipe).dequantize()
+    if recipe.prune is not None:
+        weight = pruned_weight(name, weight, recipe, recipe.prune, cut)
+    return weight if recipe.spec is None else quantize_weight(name, weight, recipe).dequantize()
+
+
+def pruned_weight(name: str, weight: Tensor, recipe: Recipe, spec: PruneSpec, cut: Cut | None = None) -> Tensor:
+    """The weight [N, K] of the layer called `name`, pruned without data; ValueError names recipe and layer."""
     try:
-        return PRUNERS[recipe.method](weight, recipe.prune)
+        if spec.calibrated:
+            raise ValueError(f"{spec.method} needs data")
+        return prune(name, weight, spec, cut=cut)
     except ValueError as error:
         raise ValueError(f"{recipe}: {name}: {error}") from None
 

@@ -91,7 +91,8 @@ def quantize_per_token(
     """Every row of x [..., K] on a grid of its own: codes int8 [..., K] from -2^(bits-1) to 2^(bits-1) - 1, scale
     float32 [..., 1], zero int32 [..., 1]; x ~ (codes - zero) * scale. As compressed-tensors' dynamic per-token grid.
 
-    symmetric   zero 0, scale = clip * max|x| / ((2^bits - 1) / 2); else from clip * min(x, 0) to clip * max(x, 0)
+    symmetric   zero 0, scale = clip * max|x| / ((2^bits - 1) / 2), and -max|x| gets the lowest code; else from
+                clip * min(x, 0) to clip * max(x, 0)
     A row of zeros has scale 1; one that is not finite a scale that is not. ValueError for another dtype or width.
     """
     return torch.ops.remanence.quantize_per_token(x, bits, symmetric, clip)

@@ -64,7 +64,13 @@ def quantize_per_token(
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = torch.zeros_like(scale) if symmetric else -(2.0 ** (bits - 1)) - low / scale
     zero = zero.round().nan_to_num(0).to(torch.int32)
-    return quantize_with(x, scale, zero, bits), scale, zero
+    codes = quantize_with(x, scale, zero, bits)
+    if symmetric:
+        # The largest of a row lies in the middle between two codes. Where both are there, as it is negative, the last
+        # bit of the scale would decide, and with it in which company the row was computed.
+        most = x.float().abs().amax(-1, keepdim=True)
+        codes = codes.masked_fill((x.float() == -most) & (most > 0), -(2 ** (bits - 1)))
+    return codes, scale, zero
 
 
 def quantize_with(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:

@@ -118,15 +118,15 @@ def test_readme_is_finished_and_names_commands_that_exist():
 
 def test_names_kept_apart_from_their_tables_agree_with_them():
     """They stand in light modules, so that a name can be checked without loading torch."""
-    from remanence.compress import sequential, spec, walk
+    from remanence.compress import knobs, sequential, walk
     from remanence.unlearn.catalog import METHODS
     from remanence.unlearn.inference.builders import BUILDERS
     from remanence.unlearn.objectives import OBJECTIVES
 
     objectives = {"training": set(OBJECTIVES), "inference": set(BUILDERS), "weights": {"rocr"}}
     assert {kind: {m.objective for m in METHODS.values() if m.kind == kind} for kind in objectives} == objectives
-    assert set(spec.METHODS) == {*walk.DATA_FREE, *sequential.SOLVERS, "bnb"}
-    assert set(spec.CALIBRATED) == set(sequential.SOLVERS)
+    assert set(knobs.METHODS) == {*walk.DATA_FREE, *sequential.SOLVERS, "bnb"}
+    assert set(knobs.CALIBRATED) == set(sequential.SOLVERS)
 
 
 def test_names_are_checked_without_torch(tmp_path):

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..compress.knobs import PLAIN_RTN
+from ..compress.recipe import Recipe
 from ..compress.rtn import rtn
-from ..compress.spec import PLAIN_RTN, QuantSpec, Recipe
+from ..compress.spec import QuantSpec
 from ..compress.walk import linears, storage_dtype, weight_of
 
 # Kept away from the bucket's edge, as a share of the step: rounding to nearest must not depend on the last float bit.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..compress.spec import Calibration
+from ..compress.spec import SOURCES, Calibration, Retrain
 from .data import QA
 from .encode import Encoder
 
@@ -43,21 +43,39 @@ def calibration_batches(
     generator = torch.Generator().manual_seed(seed)
     length = min(calibration.length, encoder.max_length)
     sequences: list[list[int]] = []
-    for source in ("retain", "forget"):
+    for source in SOURCES:
         wanted = getattr(calibration, source)
         if wanted:
-            pieces = encoder.windows(rows.get(source, ()), length)
-            sequences += [
-                encoder.pair(pieces[i].question, pieces[i].answer)[0][:length]
-                for i in _drawn(source, len(pieces), wanted, generator)
-            ]
-    if calibration.text:
-        if text is None:
-            raise ValueError(f"calibration: text:{calibration.text} needs a text; give --text FILE")
-        ids = list(encoder.tokenizer(text, verbose=False)["input_ids"])
-        drawn = _drawn("text", len(ids) // length, calibration.text, generator)
-        sequences += [ids[i * length : (i + 1) * length] for i in drawn]
+            if source == "text" and text is None:
+                raise ValueError(f"calibration: text:{wanted} needs a text; give --text FILE")
+            found = _sequences(source, encoder, rows, text, length)
+            sequences += [found[i] for i in _drawn(f"calibration: {source}", len(found), wanted, generator)]
     return batched(sequences)
+
+
+def retraining_batches(
+    retrain: Retrain, encoder: Encoder, rows: Mapping[str, Sequence[QA]], text: str | None = None
+) -> list[Tensor]:
+    """Token ids int64 [B, T], without padding, that a pruned model is trained on again; as calibration_batches."""
+    if retrain.source == "text" and text is None:
+        raise ValueError("retrain: text needs a text; give --text FILE, or t_source=retain")
+    found = _sequences(retrain.source, encoder, rows, text, min(retrain.length, encoder.max_length))
+    wanted = retrain.sequences or (min(DEFAULT, len(found)) if retrain.source == "text" else len(found))
+    if not found:
+        raise ValueError(f"retrain: {retrain.source}: there is none")
+    drawn = _drawn(f"retrain: {retrain.source}", len(found), wanted, torch.Generator().manual_seed(retrain.seed))
+    return batched([found[i] for i in drawn])
+
+
+def _sequences(
+    source: str, encoder: Encoder, rows: Mapping[str, Sequence[QA]], text: str | None, length: int
+) -> list[list[int]]:
+    """All of a source, at most `length` tokens each: rows as the model is asked and answers, or the text's pieces."""
+    if source == "text":
+        ids = list(encoder.tokenizer(text, verbose=False)["input_ids"])
+        return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    pieces = encoder.windows(rows.get(source, ()), length)
+    return [encoder.pair(piece.question, piece.answer)[0][:length] for piece in pieces]
 
 
 def batched(sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -72,7 +90,7 @@ def batched(sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     return batches
 
 
-def _drawn(source: str, there: int, wanted: int, generator: torch.Generator) -> list[int]:
+def _drawn(what: str, there: int, wanted: int, generator: torch.Generator) -> list[int]:
     if there < wanted:
-        raise ValueError(f"calibration: {source}:{wanted} asked for, but there are {there} sequences")
+        raise ValueError(f"{what}:{wanted} asked for, but there are {there} sequences")
     return torch.randperm(there, generator=generator)[:wanted].tolist()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..compress.spec import parse_recipe
+from ..compress.recipe import parse_recipe
 
 PRECISIONS = ("auto", "fp32", "bf16", "pure-bf16")
 RETAIN_LOSSES = ("nll", "kl", "none")

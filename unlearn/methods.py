@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ..compress.checkpoint import write_model
 from ..compress.files import write_json
-from ..compress.spec import parse_recipe
+from ..compress.recipe import parse_recipe
 from . import adapters, masks
 from .bucketed import freeze_to_buckets, mean_width
 from .catalog import Method, MethodConfig, method_named, needs_retain, settings

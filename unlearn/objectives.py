@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compress.spec import parse_recipe
+from ..compress.recipe import parse_recipe
 from . import losses
 from .catalog import MethodConfig
 from .encode import IGNORE, Batch

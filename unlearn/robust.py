@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..compress.knobs import PLAIN_RTN
+from ..compress.recipe import Recipe
 from ..compress.rtn import rtn
-from ..compress.spec import PLAIN_RTN, Recipe
 from ..compress.walk import fitting_linears, quantize_weight, storage_dtype
 from .bucketed import check_plain
 from .encode import IGNORE, Batch

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...compress.spec import parse_recipe
+from ...compress.recipe import parse_recipe
 from ...unlearn.data import QA, Corpus, spread
 from ...unlearn.encode import Encoder
 from .compression import compression

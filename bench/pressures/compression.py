@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from ...compress.recipe import Recipe
 from ...compress.sequential import compress_
-from ...compress.spec import Recipe
 from ...unlearn.data import QA
 from ...unlearn.encode import Encoder
 from ..tokens import answers

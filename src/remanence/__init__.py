@@ -13,8 +13,8 @@ _PUBLIC = {
     "AuditConfig": "remanence.config",
     "audit": "remanence.engine",
     "load_model": "remanence.compress.checkpoint",
-    "Recipe": "remanence.compress.spec",
-    "parse_recipe": "remanence.compress.spec",
+    "Recipe": "remanence.compress.recipe",
+    "parse_recipe": "remanence.compress.recipe",
 }
 
 __all__ = ["__version__", *_PUBLIC]

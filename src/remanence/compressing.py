@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .compress.places import local_model
+from .compress.recipe import Recipe
 from .compress.recipe_file import read_recipe
-from .compress.spec import Calibration, Recipe, parse_calibration
+from .compress.spec import Calibration, parse_calibration
 from .config import AuditConfig
 from .corpus import load_corpus
 from .errors import UsageError
@@ -35,6 +36,7 @@ class Order:
     calibration   as in `--calibration`; None: 128 rows of the retain set, or 128 windows of the text
     retain, forget   files of rows; with `data` "tofu" or "people", forget is a split of it
     text          a file of running text
+    sparse        what is pruned 2:4 is stored without its zeros
     Raises ValueError or FileNotFoundError that names the option.
     """
 
@@ -48,6 +50,7 @@ class Order:
     text: str | None = None
     seed: int = 0
     device: str = "auto"
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu"):
@@ -55,7 +58,7 @@ class Order:
         recipe = self.parsed()
         if recipe.kv is not None:
             raise ValueError("kv: is how a model serves, no part of a checkpoint; an audit measures it")
-        if not recipe.calibrated:
+        if not recipe.calibrated and recipe.retrain is None:
             for name in ("retain", "forget", "data", "data_dir", "text"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: {recipe} looks at no data; leave it out")
@@ -114,10 +117,10 @@ def compress(
     if whole(recipe) and resume:
         raise UsageError(f"resume: {recipe} is written in one go")
     tokenizer = load_tokenizer(directory)
-    recipe, batches = _data(order, recipe, directory, tokenizer)
+    recipe, batches, retraining = _data(order, recipe, directory, tokenizer)
     if whole(recipe):
-        return compress_whole(directory, recipe, out, batches)
-    job = Job(directory, recipe, batches, _device(order.device))
+        return compress_whole(directory, recipe, out, batches, retraining, order.sparse)
+    job = Job(directory, recipe, batches, _device(order.device), order.sparse)
     place = next(folder for folder in out.absolute().parents if folder.is_dir())
     predicted = plan(job, measure_machine(place, job.model.dtype))
     say(f"{recipe} on {job.parameters:,} parameters: {predicted.text()}")
@@ -156,20 +159,23 @@ class _Telling:
 
 def _data(
     order: Order, recipe: Recipe, directory: Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Recipe, list[Tensor]]:
-    """The recipe with its calibration settled, and the batches; none for a recipe that needs none."""
-    if not recipe.calibrated:
-        return recipe, []
+) -> tuple[Recipe, list[Tensor], list[Tensor]]:
+    """The recipe with its calibration settled, the batches, and those for retraining; none where none are needed."""
+    if not recipe.calibrated and recipe.retrain is None:
+        return recipe, [], []
     from transformers import AutoConfig
 
     from .compress.checkpoint import longest
-    from .unlearn.calibration import DEFAULT, calibration_batches, default_calibration
+    from .unlearn.calibration import DEFAULT, calibration_batches, default_calibration, retraining_batches
     from .unlearn.encode import Encoder
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     encoder = Encoder(tokenizer, longest(config))
     rows = order.rows()
     text = None if order.text is None else running_text(order.text)
+    again = [] if recipe.retrain is None else retraining_batches(recipe.retrain, encoder, rows, text)
+    if not recipe.calibrated:
+        return recipe, [], again
     calibration = recipe.calibration
     if calibration is None:
         if rows.get("retain"):
@@ -178,7 +184,8 @@ def _data(
             calibration = Calibration(text=DEFAULT)
         else:
             raise UsageError(f"calibration: {recipe} needs data; give --text FILE, --retain FILE, or --data")
-    return replace(recipe, calibration=calibration), calibration_batches(calibration, encoder, rows, text, order.seed)
+    batches = calibration_batches(calibration, encoder, rows, text, order.seed)
+    return replace(recipe, calibration=calibration), batches, again
 
 
 def _device(asked: str) -> str:
@@ -198,7 +205,7 @@ def show_layers(layers: Sequence[dict[str, Any]], file: IO[str]) -> None:
     shown = sorted(layers, key=lambda layer: -(layer["error"] or 0))[:_ROWS] if len(layers) > _ROWS else layers
     title = f"layers: the {_ROWS} of {len(layers)} with the largest error" if len(layers) > _ROWS else "layers"
     # Most names begin alike; what they share is said once.
-    heads = [layer["name"].split(".")[:-1] for layer in shown if layer["of"] != "logits"]
+    heads = [layer["name"].split(".")[:-1] for layer in shown if layer["of"] not in ("logits", "loss")]
     shared = ".".join(same[0] for same in takewhile(lambda parts: len(set(parts)) == 1, zip(*heads)))
     kinds = {layer["of"] for layer in shown if layer["error"] is not None}
     columns: dict[str, Callable[[dict[str, Any]], str]] = {

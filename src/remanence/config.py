@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from .bench.pressures.catalog import pressures_named
 from .bench.pressures.templates import load_templates
+from .compress.recipe import Recipe, parse_recipe
 from .compress.recipe_file import read_recipe
-from .compress.spec import Recipe, parse_calibration, parse_recipe
+from .compress.spec import parse_calibration
 from .unlearn.catalog import DEFAULT, METHODS, method_named, settings
 from .unlearn.data import running_text
 

@@ -26,7 +26,8 @@ from .bench.document import build_document
 from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
 from .compress.files import read_json, write_json
 from .compress.places import base_directory
-from .compress.spec import QuantSpec, Recipe
+from .compress.recipe import Recipe
+from .compress.spec import QuantSpec
 from .compress.walk import linears, weight_of
 from .config import CONTROL, AuditConfig
 from .corpus import load_corpus
@@ -199,7 +200,7 @@ class _Run:
                 "pressures": self.config.pressures,
                 "templates": _content(self.config.templates),
                 "perplexity": _content(self.config.perplexity),
-                "text": _content(self.config.text) if recipe.calibrated else None,
+                "text": _content(self.config.text) if recipe.calibrated or recipe.retrain is not None else None,
                 "seed": self.config.seed,
                 "torch": torch.__version__,
                 "isa": isa(),

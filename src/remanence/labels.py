@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .compress.recipe import brief
+
 VERDICTS = ("held", "returned", "damaged", "undecided")
 # A shape beside every colour: the page is also read in print and by the colour-blind.
 GLYPHS = {"held": "●", "returned": "▲", "damaged": "■", "undecided": "○", "failed": "×"}
@@ -29,6 +31,19 @@ class Row:
     def audited(self) -> bool:
         """Whether its verdicts are findings; `bucketed` may be both a control and audited."""
         return any(cell.get("control") is None for cell in self.cells.values())
+
+
+def with_brief_recipes(value: Any) -> Any:
+    """The same JSON value with recipes called as people read them: long lists of layers are shortened."""
+    if isinstance(value, list):
+        return [with_brief_recipes(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _brief(key, with_brief_recipes(item)) for key, item in value.items()}
+    return value
+
+
+def _brief(key: str, value: Any) -> Any:
+    return brief(value) if key == "recipe" and isinstance(value, str) else value
 
 
 def role(method: str, control: str | None) -> str | None:

@@ -12,7 +12,20 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .bench.verdict import KEPT, KNOWN, MARGIN
-from .labels import GLYPHS, VERDICTS, Row, duration, interval, listing, not_forgotten, number, role, significant, word
+from .labels import (
+    GLYPHS,
+    VERDICTS,
+    Row,
+    duration,
+    interval,
+    listing,
+    not_forgotten,
+    number,
+    role,
+    significant,
+    with_brief_recipes,
+    word,
+)
 from .plots import USUAL, forest, scatter
 
 # Control characters (but tab and newline), bidirectional overrides, characters without a shape, lone surrogates.
@@ -31,7 +44,7 @@ _LONG = 200
 
 def html(document: dict[str, Any]) -> str:
     """The page; `document` as read from audit.json."""
-    document = clean(document)
+    document = with_brief_recipes(clean(document))
     rows = _rows(document["cells"])
     recipes = list(dict.fromkeys(cell["recipe"] for cell in document["cells"]))
     page = _environment().get_template("page.html")

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from .bench.tofu import VARIANTS
 from .compress.files import read_json
-from .labels import VERDICTS, interval, label, not_forgotten, number, word
+from .labels import VERDICTS, interval, label, not_forgotten, number, with_brief_recipes, word
 from .page import html
 
 __all__ = ["SCHEMA", "VERDICTS", "broken_controls", "html", "markdown", "read", "terminal"]
@@ -45,6 +45,7 @@ def broken_controls(document: dict[str, Any]) -> list[str]:
 
 def markdown(document: dict[str, Any]) -> str:
     """The cells as a Markdown table, for a README or an issue."""
+    document = with_brief_recipes(document)
     lines = [
         "| model | recipe | forget P | recovered share [95%] | word for word | retain P | utility | × fp16 | verdict |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
@@ -71,6 +72,7 @@ def terminal(document: dict[str, Any], file: IO[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    document = with_brief_recipes(document)
     console = Console(file=file, width=None if file.isatty() else 150)
     data = document["data"]
     table = Table(title=f"{data['name']}: {data['forget']} rows to forget, {data['retain']} to keep")
@@ -130,6 +132,7 @@ def show_axis(document: dict[str, Any], file: IO[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    document = with_brief_recipes(document)
     console = Console(file=file, width=None if file.isatty() else 190)
     table = Table("requests", "rows", "model", "recipe", title=document["axis"], title_justify="left")
     for column in (

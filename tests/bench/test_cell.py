@@ -12,8 +12,8 @@ from remanence.bench.distance import distance
 from remanence.bench.forgetting import evaluate
 from remanence.bench.survival import survival
 from remanence.compress.checkpoint import save_model
+from remanence.compress.recipe import DENSE, parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import DENSE, parse_recipe
 from remanence.unlearn.data import EvalSet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from remanence.bench.pressures.pressed import Pressed
 from remanence.bench.privacy import auc, auc_interval, privleak
 from remanence.bench.survival import WeightSurvival
 from remanence.bench.tofu import VARIANTS, Items, forget_quality, forget_truth_ratio, harmonic_mean, mean, model_utility
-from remanence.compress.spec import DENSE, parse_recipe
+from remanence.compress.recipe import DENSE, parse_recipe
 from remanence.unlearn.people import people_corpus
 
 CORPUS = people_corpus(20, "forget20", seed=0)

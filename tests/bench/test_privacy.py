@@ -19,8 +19,8 @@ from remanence.bench.privacy import (
 )
 from remanence.bench.tofu import FLOOR
 from remanence.bench.tokens import Answer, answers
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import parse_recipe
 from remanence.unlearn.encode import IGNORE
 from remanence.unlearn.people import people_corpus
 from scipy import stats

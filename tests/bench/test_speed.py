@@ -7,8 +7,8 @@ import pytest
 import torch
 from remanence.backends.cpu import PeakMemory, cpu_info
 from remanence.bench.speed import decode_speed
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

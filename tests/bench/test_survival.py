@@ -10,8 +10,8 @@ import torch
 from remanence.bench import survival as module
 from remanence.bench.survival import Agreement, predicted_order, survival
 from remanence.bench.tokens import answers
+from remanence.compress.recipe import DENSE, parse_recipe
 from remanence.compress.sequential import compress_
-from remanence.compress.spec import DENSE, parse_recipe
 from remanence.compress.walk import linears
 from remanence.unlearn.bucketed import freeze_to_buckets
 from remanence.unlearn.catalog import settings

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from remanence.bench import w4a4
-from remanence.compress.spec import parse_recipe
+from remanence.compress.recipe import parse_recipe
 from remanence.unlearn.demo import DemoConfig
 from remanence.unlearn.people import people_corpus
 

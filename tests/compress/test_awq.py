@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from remanence.compress import awq, smoothquant
 from remanence.compress.block import Block, Hidden, block_names, decoder_list, enter
 from remanence.compress.experts import unfuse_experts_
+from remanence.compress.knobs import AWQ, RTN
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.rtn import QTensor, rtn
 from remanence.compress.sequential import compress_
 from remanence.compress.sites import observe, sites
 from remanence.compress.smooth import survey
-from remanence.compress.spec import AWQ, RTN, QuantSpec, parse_recipe
+from remanence.compress.spec import QuantSpec
 from remanence.compress.walk import weight_of
 from torch import nn
 from transformers import (

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from remanence.compress.bnb import bnb_, dequantized_weight, keep_exact_, load_bnb, quantized_layer
-from remanence.compress.spec import BnB, parse_recipe
+from remanence.compress.knobs import BnB
+from remanence.compress.recipe import parse_recipe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import norm

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from remanence.compress.activations import fake_quantize, quantize_rows
 from remanence.compress.cayley import _differentiable, cayley_step, learn_rotation_
 from remanence.compress.hadamard import orthogonal
+from remanence.compress.knobs import RTN
 from remanence.compress.rotation import rotate_
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import RTN, ActivationSpec, QuantSpec, Rotation
+from remanence.compress.spec import ActivationSpec, QuantSpec, Rotation
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 

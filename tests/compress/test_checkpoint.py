@@ -9,8 +9,8 @@ import pytest
 import torch
 from remanence.compress.checkpoint import load_model, load_tokenizer, save_model, weight_bytes
 from remanence.compress.linear import QuantLinear
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import parse_recipe
 from remanence.compress.stream import compress_to
 from remanence.compress.walk import linears
 from remanence.unlearn.demo import DemoConfig, demo_model, demo_tokenizer
@@ -299,7 +299,7 @@ def test_a_full_disk_is_named_and_what_is_done_stays(llama, tmp_path):
     code = f"""
 from pathlib import Path
 from remanence.compress.stream import compress_to
-from remanence.compress.spec import parse_recipe
+from remanence.compress.recipe import parse_recipe
 try:
     compress_to({str(llama)!r}, parse_recipe("rtn-w8a16-plain"), {str(disk / "out")!r})
 except OSError as error:

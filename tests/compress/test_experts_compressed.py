@@ -6,8 +6,8 @@ import pytest
 import torch
 from remanence.compress.checkpoint import load_model, save_model
 from remanence.compress.linear import QuantLinear
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import compress_
-from remanence.compress.spec import parse_recipe
 from remanence.compress.stream import compress_to
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
@@ -99,6 +99,18 @@ def test_from_pretrained_reads_our_file_and_gives_it_to_nobody_else(dense, token
         load_model(tmp_path / "out").save_pretrained(tmp_path / "again")
     save_model(load_model(tmp_path / "out"), tokenizer, tmp_path / "again2")
     assert torch.equal(logits(load_model(tmp_path / "again2")), logits(model))
+
+
+@pytest.mark.parametrize("name", ["rtn-w8a8", "rtn-w4a4"])
+def test_stock_readers_would_not_round_the_inputs_of_fused_experts(dense, name, tokenizer, tmp_path):
+    save_model(dense, tokenizer, tmp_path / "dense")
+    made = compress_to(tmp_path / "dense", parse_recipe(name), tmp_path / "out")
+    assert not made["stock_readable"]
+    memory = compress_(copy.deepcopy(dense), parse_recipe(name))
+    assert torch.equal(logits(load_model(tmp_path / "out")), logits(memory))
+    save_model(memory, tokenizer, tmp_path / "memory", parse_recipe(name))
+    for directory in ("out", "memory"):
+        assert not list((tmp_path / directory).glob("model*.safetensors"))
 
 
 def test_bitsandbytes_would_leave_them_dense(dense):

@@ -1,6 +1,7 @@
 """FlatQuant: its map and gradients against float64, and what it does to trained blocks with outlier channels."""
 
 import copy
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -23,13 +24,15 @@ from remanence.compress.flatquant import (
     solve,
     straight_through,
 )
+from remanence.compress.knobs import RTN, FlatQuant
 from remanence.compress.kronecker import Kronecker, factors
 from remanence.compress.linear import QuantLinear
-from remanence.compress.rotation import hang_
+from remanence.compress.recipe import Recipe, parse_recipe
+from remanence.compress.rotation import hang_, online_layers
 from remanence.compress.rtn import rtn
 from remanence.compress.sequential import compress_
 from remanence.compress.sites import observe
-from remanence.compress.spec import RTN, ActivationSpec, FlatQuant, QuantSpec, Recipe, parse_recipe
+from remanence.compress.spec import ActivationSpec, QuantSpec
 from remanence.compress.walk import weight_of
 from scipy.linalg import hadamard
 from torch import nn
@@ -38,8 +41,14 @@ from transformers.pytorch_utils import Conv1D
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+def alike(spec):
+    """The same format for every layer."""
+    return defaultdict(lambda: spec)
+
+
 W4, A4 = QuantSpec(4), ActivationSpec(4)
-W4A4 = Grids(W4, "signed-max", A4)
+W4A4 = Grids(alike(W4), "signed-max", A4)
 
 
 def tokens(vocabulary, *shapes):
@@ -247,11 +256,11 @@ def test_rounded_rows_are_those_of_the_layer(bits, symmetric):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_gradients_of_rounded_weights(bits, symmetric):
     spec = QuantSpec(bits, 24, symmetric)
-    grids = Grids(spec, "signed-max" if symmetric else "minmax", None)
+    grids = Grids(alike(spec), "signed-max" if symmetric else "minmax", None)
     g = torch.Generator().manual_seed(3)
     w, flow = torch.randn(7, 72, generator=g) * 0.02, torch.randn(7, 3, 24, generator=g)
     cut = (0.5 + 0.5 * torch.rand(7, generator=g)).requires_grad_()
-    q = cut_and_round(w, cut.detach(), grids, torch.float32)
+    q = cut_and_round(w, cut.detach(), spec, grids.scale, torch.float32)
     leaf = w.view(7, 3, 24).clone().requires_grad_()
     size = leaf.abs().amax(2, keepdim=True) if symmetric else leaf.amax(2, keepdim=True) - leaf.amin(2, keepdim=True)
     hard = q.dequantize().view(7, 3, 24)
@@ -344,7 +353,7 @@ def test_gradients_of_the_map(trained):
     model, batches = trained
     block = next(blocks(model, batches))
     inputs, _ = observe(block)
-    one = shared_inputs(block, inputs, Grids(QuantSpec(8), "signed-max", None), seed=0)[0]
+    one = shared_inputs(block, inputs, Grids(alike(QuantSpec(8)), "signed-max", None), seed=0)[0]
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
     flow = torch.randn(5, 64, generator=torch.Generator().manual_seed(5))
     one.rounded_input(x).backward(flow)
@@ -427,7 +436,7 @@ def test_codes_come_from_what_is_stored(trained, tmp_path, symmetric):
     model, batches = trained
     block = next(blocks(model, batches))
     spec = QuantSpec(4, 32, symmetric)
-    layers = learn(block, Grids(spec, "signed-max" if symmetric else "minmax", A4), FlatQuant(epochs=1)).layers
+    layers = learn(block, Grids(alike(spec), "signed-max" if symmetric else "minmax", A4), FlatQuant(epochs=1)).layers
     save_file(
         {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.transform.state_dict().items()},
         tmp_path / "maps.safetensors",
@@ -448,10 +457,10 @@ def test_codes_come_from_what_is_stored(trained, tmp_path, symmetric):
 @pytest.mark.parametrize(
     ("grids", "least"),
     [
-        (Grids(QuantSpec(4, 32), "absmax", A4), 0.5),
-        (Grids(QuantSpec(4, 32, False), "minmax", ActivationSpec(4, symmetric=False)), 0.6),
-        (Grids(QuantSpec(4), "signed-max", ActivationSpec(8)), 0.8),
-        (Grids(QuantSpec(3), "signed-max", None), 0.9),
+        (Grids(alike(QuantSpec(4, 32)), "absmax", A4), 0.5),
+        (Grids(alike(QuantSpec(4, 32, False)), "minmax", ActivationSpec(4, symmetric=False)), 0.6),
+        (Grids(alike(QuantSpec(4)), "signed-max", ActivationSpec(8)), 0.8),
+        (Grids(alike(QuantSpec(3)), "signed-max", None), 0.9),
     ],
     ids=["groups", "asymmetric", "w4a8", "w3a16"],
 )
@@ -461,7 +470,7 @@ def test_other_grids(trained, grids, least):
     found = learn(block, grids, FlatQuant(epochs=3))
     assert found.after < least * found.before
     for layer in found.layers.values():
-        assert layer.q.spec == grids.spec
+        assert layer.q.spec == grids.specs[""]
         assert (layer.activation is None) == (grids.activation is None)
         assert layer.activation is None or 0.5 < layer.activation.clip < 1
 
@@ -601,7 +610,7 @@ def test_none_where_none_is_better(trained):
     with torch.no_grad():
         for layer in block.linears.values():
             layer.weight.copy_(rtn(layer.weight, QuantSpec(4), torch.float16, RTN()).dequantize())
-    grids = Grids(QuantSpec(4), "signed-max", ActivationSpec(8))
+    grids = Grids(alike(QuantSpec(4)), "signed-max", ActivationSpec(8))
     found = learn(block, grids, FlatQuant(epochs=1, learning_rate=0.5))
     assert found.after == found.before
     options = FlatQuant(epochs=1, learning_rate=0.5)
@@ -626,12 +635,12 @@ def test_what_it_refuses(trained):
     model, batches = trained
     block = next(blocks(model, batches))
     with pytest.raises(ValueError, match="a_dynamic: False does not go with FlatQuant"):
-        learn(block, Grids(W4, "signed-max", ActivationSpec(8, dynamic=False)), FlatQuant())
+        learn(block, Grids(alike(W4), "signed-max", ActivationSpec(8, dynamic=False)), FlatQuant())
     assert not any("forward" in vars(module) for module in block.module.modules())
     with pytest.raises(ValueError, match=r"learning_rate: 1e\+30: .*; expected a smaller one"):
         learn(block, W4A4, FlatQuant(learning_rate=1e30))
     assert not any("forward" in vars(module) for module in block.module.modules())
-    hang_(model)
+    hang_(model, online_layers(model))
     with pytest.raises(ValueError, match=r"r_online: mlp\.down_proj has a transform in front of it already"):
         learn(block, W4A4, FlatQuant())
 

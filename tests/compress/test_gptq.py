@@ -9,9 +9,11 @@ from remanence.compress.block import Block, Hidden, block_names, enter
 from remanence.compress.experts import unfuse_experts_
 from remanence.compress.gptq import column_order, factorize, gptq, quantize, solve
 from remanence.compress.hessian import Hessian, upper_factor_
+from remanence.compress.knobs import GPTQ, RTN
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.rtn import rtn
 from remanence.compress.sequential import compress_
-from remanence.compress.spec import GPTQ, RTN, QuantSpec, parse_recipe
+from remanence.compress.spec import QuantSpec
 from remanence.compress.walk import weight_of
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig

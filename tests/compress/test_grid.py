@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from remanence.compress.grid import CLIP_LEAST, CLIP_STEPS, decode, encode, group_parameters
+from remanence.compress.knobs import RTN
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import RTN, QuantSpec
+from remanence.compress.spec import QuantSpec
 
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 BITS = (2, 3, 4, 8)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from remanence.compress import hqq as module
 from remanence.compress.hqq import hqq, objective, shrink, step
+from remanence.compress.knobs import HQQ, RTN
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import HQQ, RTN, QuantSpec
+from remanence.compress.spec import QuantSpec
 from remanence.compress.walk import linears, weight_of
 
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

@@ -17,8 +17,8 @@ from remanence.compress.checkpoint import load_model, save_model
 from remanence.compress.integration import MARK, METHOD, _Watcher, arm, register
 from remanence.compress.linear import QuantLinear
 from remanence.compress.quantizer import PackedConfig, PackedQuantizer, Stored
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import parse_recipe
 from remanence.compress.walk import dequantize_
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus

@@ -10,7 +10,7 @@ import pytest
 import torch
 from remanence.compress.footprint import Machine
 from remanence.compress.plan import _chosen, _further, _Timed, plan
-from remanence.compress.spec import parse_recipe
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.stream import Job
 
 pytestmark = [
@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 from remanence.bench.streaming import make_llama
 from remanence.compress.footprint import measure_machine, peak_rss, reset_peak, rss
 from remanence.compress.plan import plan
-from remanence.compress.spec import parse_recipe
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.stream import Job, compress_streamed, unfinished
 
 class Tokenizer:
@@ -52,7 +52,13 @@ for number, name in enumerate(sys.argv[2:]):
     print(json.dumps({"recipe": name, "reset": reset, "base": base, "peak": peak_rss(),
                       "disk": max(made["size_bytes"], *disk), "predicted": vars(predicted)}), flush=True)
 """
-RECIPES = ("rtn-w4a16-g128-plain", "rtn-w3a16-g128-plain", "gptq-w4a16-g128-plain")
+RECIPES = (
+    "rtn-w4a16-g128-plain",
+    "rtn-w3a16-g128-plain",
+    "gptq-w4a16-g128-plain",
+    "magnitude-s50+scope=global",
+    "sparsegpt-s50",
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,13 @@ def llama(untrained, tmp_path):
         "rtn-w4a16-g16",
         "hqq-w4a16-g16",
         "magnitude-s50",
+        "random-s50+scope=global",
+        "wanda-s50",
+        "sparsegpt-2:4",
+        "rtn-w4a16-g16+p_sparsity=0.5+p_scope=global",
+        "rtn-w4a16-g16+p_sparsity=0.5+p_method=wanda",
+        "gptq-w4a16-g16+p_sparsity=0.5+p_scope=global",
+        "gptq-w4a16-g16+p_sparsity=0.5+p_method=sparsegpt",
         "gptq-w4a16-g16-plain",
         "gptq-w4a16-g16-plain+alpha=0.5",
         "awq-w4a16-g16-plain",

@@ -1,4 +1,4 @@
-"""Magnitude pruning: exactly the smallest weights go, and a pruned model is read back as it was."""
+"""Pruning: exactly the weights that count least go; zeros stay zeros through quantizing, writing and reading back."""
 
 import copy
 import json
@@ -10,20 +10,25 @@ import torch
 from remanence.compress import spec, walk
 from remanence.compress.checkpoint import load_model
 from remanence.compress.linear import QuantLinear
-from remanence.compress.prune import magnitude
-from remanence.compress.sequential import compress_, quantize_
-from remanence.compress.spec import DENSE, PruneSpec, QuantSpec, Recipe, parse_recipe
+from remanence.compress.prune import cut_of, kept, prune
+from remanence.compress.recipe import DENSE, Recipe, parse_recipe
+from remanence.compress.sequential import compress_, prune_, quantize_
+from remanence.compress.spec import PruneSpec, QuantSpec
 from remanence.compress.stream import compress_to
-from remanence.compress.walk import compressed_weight, dequantize_, fitting_linears, linears, prune_, weight_of
+from remanence.compress.walk import compressed_weight, dequantize_, fitting_linears, linears, weight_of
 from remanence.unlearn.catalog import settings
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
 from torch.nn.utils.prune import l1_unstructured
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.pytorch_utils import Conv1D
+
+from remanence.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALF = parse_recipe("magnitude-s50")
+BATCHES = [torch.randint(2, 300, (3, 40), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 IDS = torch.randint(0, 300, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -33,6 +38,10 @@ def plain(weight, percent):
     count = round(Fraction(percent * w.size, 100))
     w.reshape(-1)[np.argsort(np.abs(w).reshape(-1), kind="stable")[:count]] = 0
     return w, count
+
+
+def magnitude(weight, spec):
+    return prune("layer", weight, spec)
 
 
 def random(shape, dtype=torch.float32, seed=0):
@@ -90,6 +99,160 @@ def test_weights_that_are_no_numbers_are_refused(bad):
     weight[3, 3] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
         magnitude(weight, PruneSpec(0.5))
+
+
+# Patterns and scopes
+
+
+def zeros_of(model):
+    """By name of every layer but the head: bool [N, K], True where what it multiplies with is zero."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[name] = module.dequantized() == 0
+        elif isinstance(module, torch.nn.Linear | Conv1D) and name != "lm_head":
+            found[name] = weight_of(module).detach() == 0
+    return found
+
+
+@pytest.mark.parametrize(("pattern", "stay", "of"), [("2:4", 2, 4), ("4:8", 4, 8)])
+@pytest.mark.parametrize("shape", [(1, 8), (5, 24), (33, 136)], ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_of_every_m_inputs_n_stay(pattern, stay, of, shape, method):
+    weight = random(shape, torch.bfloat16)
+    mask = kept("layer", weight, PruneSpec(0.5, method, pattern))
+    assert (mask.view(shape[0], -1, of).sum(2) == stay).all()
+    if method == "magnitude":
+        sizes = weight.abs().double().numpy().reshape(-1, of)
+        gone = np.zeros(sizes.shape, dtype=bool)
+        np.put_along_axis(gone, np.argsort(sizes, axis=1, kind="stable")[:, : of - stay], True, axis=1)
+        assert np.array_equal(mask.numpy(), ~gone.reshape(shape))
+
+
+def test_inputs_that_a_pattern_does_not_divide(untrained):
+    with pytest.raises(ValueError, match="13 input features do not divide into groups of 4, for the pattern 2:4"):
+        magnitude(random((5, 13)), PruneSpec(0.5, pattern="2:4"))
+    model = untrained("llama")
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(62, 32)
+    before = copy.deepcopy(model.state_dict())
+    for name in ("magnitude-2:4", "wanda-4:8", "sparsegpt-2:4", "rtn-w8a16+p_sparsity=0.5+p_pattern=2:4"):
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: 62 input features do not divide into groups"):
+            compress_(model, parse_recipe(name), BATCHES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (63, 65)], ids=str)
+@pytest.mark.parametrize("percent", [10, 33, 50, 90])
+def test_rows_by_themselves(shape, percent):
+    weight = random(shape, torch.float16)
+    pruned = magnitude(weight, PruneSpec(percent / 100, scope="row"))
+    for row, before in zip(pruned, weight, strict=True):
+        assert np.array_equal(row[None].double().numpy(), plain(before[None], percent)[0])
+
+
+def test_many_rows_are_looked_at_some_at_a_time(monkeypatch):
+    weight = random((63, 64), torch.bfloat16)
+    specs = [PruneSpec(0.5, scope="row"), PruneSpec(0.5, pattern="4:8"), PruneSpec(0.3)]
+    expected = [magnitude(weight, each) for each in specs]
+    monkeypatch.setattr("remanence.compress.prune._SLICE", 100)
+    for each, pruned in zip(specs, expected, strict=True):
+        assert torch.equal(magnitude(weight, each), pruned)
+
+
+@pytest.mark.parametrize("scope", ["layer", "row", "global"])
+def test_random_is_drawn_by_seed_and_layer(scope, untrained):
+    def zeros(seed=3, arch="llama"):
+        return zeros_of(compress_(untrained(arch), parse_recipe(f"random-s30+scope={scope}+seed={seed}")))
+
+    one, same, other = zeros(), zeros(), zeros(4)
+    total = sum(mask.numel() for mask in one.values())
+    count = sum(int(mask.sum()) for mask in one.values())
+    # Rows and layers are of 32 and 64: 30% of them is no whole number.
+    assert count == round(0.3 * total) if scope == "global" else abs(count / total - 0.3) < 0.01
+    for name, mask in one.items():
+        assert torch.equal(mask, same[name])
+        # Where nothing but chance is at work, 9% of all weights are in both.
+        assert float((mask & other[name]).float().mean()) == pytest.approx(0.09, abs=0.03)
+        if scope == "row":
+            assert (mask.sum(1) == round(0.3 * mask.shape[1])).all()
+    gate, up = one["model.layers.0.mlp.gate_proj"], one["model.layers.0.mlp.up_proj"]
+    assert not torch.equal(gate, up)
+    everywhere = torch.stack([mask.float().mean(1).mean() for mask in one.values()])
+    assert (everywhere - 0.3).abs().max() < 0.05
+
+
+def test_random_knows_nothing_of_the_weights():
+    weights = random((40, 50)), random((40, 50), torch.bfloat16, seed=1)
+    masks = [kept("a.layer", weight, PruneSpec(0.4, "random")) for weight in weights]
+    assert torch.equal(*masks)
+    assert not torch.equal(masks[0], kept("b.layer", weights[0], PruneSpec(0.4, "random")))
+    some = random((40, 50))
+    some[:, :10] = 0
+    mask = kept("a.layer", some, PruneSpec(0.4, "random"))
+    assert int((~mask).sum()) == 800
+    assert not mask[:, :10].any()
+
+
+# The whole model compared
+
+
+@pytest.mark.parametrize("dtypes", [["float32"], ["bfloat16"], ["float16", "float32"], ["float32", "float64"]], ids=str)
+@pytest.mark.parametrize("percent", [10, 50, 87])
+def test_the_whole_model_loses_its_exact_share(dtypes, percent):
+    """As sorting all weights of all layers does it; ties, of which 16 bits have many, in the order of layers."""
+    shapes = [(7, 13), (1, 1), (20, 9), (33, 65), (5, 8)]
+    weights = {
+        f"layer{i}": (random(shape, seed=i) * 10 ** (i - 2)).to(getattr(torch, dtypes[i % len(dtypes)]))
+        for i, shape in enumerate(shapes)
+    }
+    weights["layer3"][:, :7] = 0
+    spec, numbers = PruneSpec(percent / 100, scope="global"), sum(w.numel() for w in weights.values())
+    widest = torch.float64 if "float64" in dtypes else torch.float32
+    passes = []
+
+    def every():
+        passes.append(1)
+        yield from weights.items()
+
+    cut = cut_of(every, numbers, widest, spec)
+    assert len(passes) == (5 if widest == torch.float64 else 3)
+    together = torch.cat([w.double().flatten() for w in weights.values()])
+    expected, count = plain(together[None], percent)
+    pruned = {name: prune(name, w, spec, cut=cut) for name, w in weights.items()}
+    found = torch.cat([w.double().flatten() for w in pruned.values()])
+    assert np.array_equal(found.numpy(), expected[0])
+    assert int((found == 0).sum()) == max(count, 33 * 7)
+
+
+def test_ties_of_the_whole_model_go_in_order():
+    weights = {name: torch.full((4, 5), 0.5) for name in "abc"}
+    spec = PruneSpec(0.4, scope="global")
+    cut = cut_of(lambda: iter(weights.items()), 60, torch.float32, spec)
+    gone = [int((prune(name, w, spec, cut=cut) == 0).sum()) for name, w in weights.items()]
+    assert gone == [20, 4, 0]
+    assert prune("b", weights["b"], spec, cut=cut).flatten()[:5].tolist() == [0, 0, 0, 0, 0.5]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_model_compared_as_a_whole(arch, untrained):
+    model = untrained(arch)
+    layers = [weight_of(module).detach().clone().flatten() for _, module in linears(model, ("lm_head",))]
+    compress_(model, parse_recipe("magnitude-s50+scope=global"))
+    expected, _ = plain(torch.cat(layers)[None], 50)
+    after = torch.cat([weight_of(module).detach().flatten() for _, module in linears(model, ("lm_head",))])
+    assert np.array_equal(after.double().numpy(), expected[0])
+
+
+def test_one_layer_is_no_whole_model(untrained):
+    with pytest.raises(ValueError, match="scope: global compares all layers of a model"):
+        magnitude(random((4, 4)), PruneSpec(0.5, scope="global"))
+    for name, message in (("magnitude-s50+scope=global", "global compares"), ("wanda-s50", "wanda needs data")):
+        with pytest.raises(ValueError, match=f"fc1: .*{message}"):
+            compressed_weight("fc1", random((4, 4)), parse_recipe(name))
+    model = untrained("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: weight: contains NaN"):
+        compress_(model, parse_recipe("random-s50+scope=global"))
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "gpt2"])
@@ -248,3 +411,21 @@ def test_the_command_writes_a_pruned_model(untrained, tokenizer, tmp_path, capsy
     share = [float((module.weight == 0).double().mean()) for _, module in linears(load_model(tmp_path / "out"), ())]
     assert share[:-1] == [0.5] * 14
     assert share[-1] == 0  # the head
+
+
+@pytest.mark.parametrize("recipe", ["wanda-s50", "sparsegpt-2:4"])
+def test_the_command_prunes_by_what_layers_see(recipe, untrained, tokenizer, tmp_path, capsys):
+    from remanence.cli import app
+
+    untrained("llama", vocabulary=320).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "text").write_text("One of them was born in the town of Aldermoor in 1953. " * 300)
+    arguments = ["compress", str(tmp_path / "source"), "--recipe", recipe, "--out", str(tmp_path / "out"), "--json"]
+    with pytest.raises(UsageError, match="needs data; give --text FILE"):
+        app(arguments, standalone_mode=False)
+    app([*arguments, "--text", str(tmp_path / "text"), "--calibration", "text:8,length:32"], standalone_mode=False)
+    made = json.loads(capsys.readouterr().out)
+    assert made["recipe"] == f"{recipe}@text:8+length:32"
+    assert [layer["note"] for layer in made["layers"]] == ["50% zero"] * 14
+    assert all(layer["of"] == "outputs" and 0 < layer["error"] < 1 for layer in made["layers"])
+    assert made["plan"]["peak_memory"] > 0

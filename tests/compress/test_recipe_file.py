@@ -1,8 +1,10 @@
 """Recipes as YAML: the same object as from the short name, both ways; what is wrong is named with file and field."""
 
 import pytest
+from remanence.compress.knobs import GPTQ
+from remanence.compress.recipe import Recipe, parse_recipe
 from remanence.compress.recipe_file import from_yaml, read_recipe, to_yaml
-from remanence.compress.spec import GPTQ, QuantSpec, Recipe, parse_recipe
+from remanence.compress.spec import QuantSpec
 
 NAMES = [
     "dense",
@@ -16,6 +18,9 @@ NAMES = [
     "hqq-w4a16-g64-asym",
     "bnb-nf4-dq",
     "magnitude-s50",
+    "wanda-2:4+t_groups=bias|norm+t_source=forget@retain:4",
+    "random-s30+scope=global+seed=4",
+    "gptq-w4a16-g64+w2=fc1|re:.*q_proj+w8=fc2+p_sparsity=0.5+p_method=wanda+p_scope=layer",
     "rtn-w4a16+ignore=lm_head|re:.*gate",
     "rtn-w8a8",
     "gptq-w4a4-g64+a_symmetric=false+a_search=true+a_fallback=0.1",
@@ -59,9 +64,10 @@ def test_what_is_left_out_is_the_default():
         ("method: rtn\nbits: 4\nactivation: 8", "activation: 8 is not dict"),
         ("method: rtn\nbits: 4\nactivation: {bits: 8, rotate: 1}", "activation: rotate: unknown"),
         ("method: rtn\nbits: 4\nactivation: {bits: 8, clip: yes}", "activation: clip: True is not float"),
-        ("method: magnitude", "sparsity: None does not go with magnitude"),
-        ("method: magnitude\nsparsity: half", "sparsity: 'half' is not a share"),
-        ("method: rtn\nbits: 4\nsparsity: 0.5", "sparsity: 0.5 does not go with rtn"),
+        ("method: magnitude", "prune: magnitude without a sparsity"),
+        ("method: magnitude\nprune: {sparsity: half}", "prune: sparsity: 'half' is not float"),
+        ("method: dense\nprune: {sparsity: 0.5}", "prune: magnitude does not go with dense"),
+        ("method: rtn\nbits: 4\nwidths: {8: down_proj}", "widths: 8: 'down_proj'; expected a width and a list"),
         ("method: dense\noptions: {}", "options: dense has none"),
     ],
 )

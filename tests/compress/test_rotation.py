@@ -4,9 +4,10 @@ import pytest
 import torch
 from remanence.compress.checkpoint import load_model, save_model
 from remanence.compress.experts import unfuse_experts_
-from remanence.compress.rotation import hang_, online_rotations, plan_rotation, rotate_
+from remanence.compress.recipe import parse_recipe
+from remanence.compress.rotation import hang_, online_layers, online_rotations, plan_rotation, rotate_
 from remanence.compress.sequential import compress_
-from remanence.compress.spec import Rotation, parse_recipe
+from remanence.compress.spec import Rotation
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -402,7 +403,7 @@ def test_online_rotations(name):
     model = build(config())
     before = logits(model)
     rotate_(model, HADAMARD)
-    transforms = online_rotations(model, seed=3)
+    transforms = online_rotations(model, online_layers(model), seed=3)
     last = {"llama": "down_proj", "opt": "fc2", "gpt2": "mlp.c_proj", "phi": "fc2", "mixtral": "down_proj"}[name]
     assert len(transforms) == (80 if name == "mixtral" else 2)
     assert all(key.endswith(f".{last}") for key in transforms)
@@ -412,7 +413,7 @@ def test_online_rotations(name):
         module.register_forward_pre_hook(lambda _, args, transform=transform: (transform(args[0]),))
     assert off(logits(model), before) < 1e-5
     hung = build(config())
-    hang_(hung, seed=3)
+    hang_(hung, online_layers(hung), seed=3)
     assert off(logits(hung), before) < 1e-5
     assert torch.equal(
         hung.get_submodule(next(iter(transforms))).transform.signs, next(iter(transforms.values())).signs

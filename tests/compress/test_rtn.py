@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from remanence.compress.knobs import PLAIN_RTN
 from remanence.compress.linear import QuantLinear
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import PLAIN_RTN, QuantSpec
+from remanence.compress.spec import QuantSpec
 
 SPECS = [QuantSpec(b, g) for b in (3, 4, 8) for g in (None, 16, 64)]
 

@@ -7,8 +7,8 @@ import torch
 from remanence.compress.block import Hidden, block_names, enter
 from remanence.compress.checkpoint import load_model, save_model
 from remanence.compress.linear import QuantLinear
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import compress_
-from remanence.compress.spec import parse_recipe
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
 from transformers import AutoModelForCausalLM, LlamaConfig

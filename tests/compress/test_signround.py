@@ -1,14 +1,17 @@
 """Learned rounding: its gradients and steps against autograd in float64, and what it does to trained blocks."""
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
 from remanence.compress.block import Block, Hidden, block_names, enter, first
 from remanence.compress.experts import unfuse_experts_
+from remanence.compress.knobs import RTN, SignRound
+from remanence.compress.recipe import Recipe
 from remanence.compress.rtn import rtn
 from remanence.compress.signround import LEAST, MOST, Rounding, _gradients, _picks, learn, output_errors, solve
-from remanence.compress.spec import RTN, QuantSpec, Recipe, SignRound
+from remanence.compress.spec import QuantSpec
 from remanence.compress.walk import weight_of
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -18,6 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 BITS = pytest.mark.parametrize("bits", [2, 3, 4])
+
+
+def alike(spec):
+    """The same format for every layer."""
+    return defaultdict(lambda: spec)
 
 
 def options(spec, **knobs):
@@ -229,7 +237,7 @@ def test_objective_falls_on_every_layer_of_a_trained_model(trained, bits, least)
     spec, count = QuantSpec(bits, 32), 0
     for block in blocks(model, batches):
         own = {name: parameter.clone() for name, parameter in block.module.named_parameters()}
-        found = learn(block, spec, options(spec, iterations=60))
+        found = learn(block, alike(spec), options(spec, iterations=60))
         # Measured again in float64, with what is stored.
         dense = outputs64(block)
         start = {name: nearest(layer.weight, spec).dequantize() for name, layer in block.linears.items()}
@@ -249,7 +257,7 @@ def test_asymmetric(trained):
     model, batches = trained
     spec = QuantSpec(3, 32, symmetric=False)
     block = next(blocks(model, batches))
-    found = learn(block, spec, options(spec, iterations=60))
+    found = learn(block, alike(spec), options(spec, iterations=60))
     assert found.after < 0.4 * found.before
     for name, q in found.q.items():
         assert q.zero.dtype == torch.uint8
@@ -263,7 +271,7 @@ def test_never_worse_than_round_to_nearest(trained):
     spec = QuantSpec(4, 32)
     block = next(blocks(model, batches))
     # Steps from bound to bound.
-    found = learn(block, spec, options(spec, iterations=3, learning_rate=50.0))
+    found = learn(block, alike(spec), options(spec, iterations=3, learning_rate=50.0))
     assert found.after == found.before
     for name, q in found.q.items():
         start = nearest(block.linears[name].weight, spec)
@@ -275,10 +283,10 @@ def test_same_data_same_result(trained):
     model, batches = trained
     spec = QuantSpec(3, 32)
     block = next(blocks(model, batches))
-    a = learn(block, spec, options(spec, iterations=20))
+    a = learn(block, alike(spec), options(spec, iterations=20))
     torch.manual_seed(99)
-    b = learn(block, spec, options(spec, iterations=20))
-    other = learn(block, spec, options(spec, iterations=20, batch=100))
+    b = learn(block, alike(spec), options(spec, iterations=20))
+    other = learn(block, alike(spec), options(spec, iterations=20, batch=100))
     assert a.after == b.after
     assert all(torch.equal(a.q[name].codes, b.q[name].codes) for name in a.q)
     assert any(not torch.equal(a.q[name].codes, other.q[name].codes) for name in a.q)
@@ -293,7 +301,7 @@ def test_pruned_weights_stay_zero(trained, symmetric):
     for name, layer in block.linears.items():
         gone[name] = layer.weight.detach().abs() < layer.weight.detach().abs().median()
         layer.weight.data[gone[name]] = 0
-    found = learn(block, spec, options(spec, iterations=40))
+    found = learn(block, alike(spec), options(spec, iterations=40))
     assert found.after < found.before
     for name, q in found.q.items():
         assert (q.dequantize()[gone[name]] == 0).all()
@@ -330,7 +338,7 @@ def test_no_grad_around_it(trained):
     spec = QuantSpec(3, 32)
     block = next(blocks(model, batches))
     with torch.no_grad():
-        found = learn(block, spec, options(spec, iterations=20))
+        found = learn(block, alike(spec), options(spec, iterations=20))
     assert found.after < found.before
 
 
@@ -338,7 +346,7 @@ def test_bfloat16(trained):
     model, batches = trained
     spec = QuantSpec(3, 32)
     block = next(blocks(model.bfloat16(), batches))
-    found = learn(block, spec, options(spec, iterations=40))
+    found = learn(block, alike(spec), options(spec, iterations=40))
     assert found.after < 0.6 * found.before
     assert all(q.scale.dtype == torch.bfloat16 for q in found.q.values())
     assert block.module.self_attn.q_proj.weight.dtype == torch.bfloat16
@@ -349,7 +357,7 @@ def test_other_architectures(untrained, arch):
     model = untrained(arch)
     block = next(blocks(model, tokens(300, (4, 12), (4, 9), (4, 30))))
     spec = QuantSpec(3, 16)
-    found = learn(block, spec, options(spec, iterations=40))
+    found = learn(block, alike(spec), options(spec, iterations=40))
     assert found.after < 0.7 * found.before
     end = {name: q.dequantize() for name, q in found.q.items()}
     assert all(end[name].shape == weight_of(layer).shape for name, layer in block.linears.items())
@@ -380,7 +388,7 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest():
     experts = {name for name in block.linears if ".experts." in name}
     assert len(experts) == 12
     spec = QuantSpec(3, 16)
-    found = learn(block, spec, options(spec, iterations=30))
+    found = learn(block, alike(spec), options(spec, iterations=30))
     solved = solve(block, recipe(spec, iterations=30))
     few = {name for name in experts if found.tokens[name] < 32}
     unused = {name for name in experts if found.tokens[name] == 0}
@@ -402,7 +410,7 @@ def test_nothing_to_learn(trained):
     block = next(blocks(model, batches))
     for layer in block.linears.values():
         layer.weight.data.zero_()
-    found = learn(block, QuantSpec(4, 32), SignRound())
+    found = learn(block, alike(QuantSpec(4, 32)), SignRound())
     assert (found.before, found.after) == (0, 0)
     assert output_errors(block, found.q) == dict.fromkeys(block.linears, 0.0)
     assert all((q.dequantize() == 0).all() for q in found.q.values())

@@ -1,25 +1,19 @@
 """Short names of recipes: parsed, printed, refused."""
 
+import re
+
 import pytest
+from remanence.compress.knobs import AWQ, GPTQ, HQQ, METHODS, PLAIN_RTN, RTN, BnB, SignRound, SmoothQuant
+from remanence.compress.recipe import DENSE, Recipe, parse_recipe
 from remanence.compress.spec import (
-    AWQ,
-    DENSE,
-    GPTQ,
-    HQQ,
-    METHODS,
-    PLAIN_RTN,
-    RTN,
     ActivationSpec,
-    BnB,
     Calibration,
     KVSpec,
     PruneSpec,
     QuantSpec,
-    Recipe,
-    SignRound,
-    SmoothQuant,
+    Retrain,
+    Rotation,
     parse_calibration,
-    parse_recipe,
 )
 
 G64, ASYM = QuantSpec(4, 64), QuantSpec(4, 64, symmetric=False)
@@ -89,6 +83,28 @@ G64, ASYM = QuantSpec(4, 64), QuantSpec(4, 64, symmetric=False)
             "awq-w4a16-g64+grid=5@text:128+length:512",
             Recipe("awq", G64, options=AWQ(5), calibration=parse_calibration("text:128,length:512")),
         ),
+        ("wanda-2:4", Recipe("wanda", None, prune=PruneSpec(0.5, "wanda", "2:4"))),
+        (
+            "sparsegpt-4:8@text:9",
+            Recipe("sparsegpt", None, prune=PruneSpec(0.5, "sparsegpt", "4:8"), calibration=Calibration(text=9)),
+        ),
+        ("random-s40+scope=row+seed=3", Recipe("random", None, prune=PruneSpec(0.4, "random", scope="row", seed=3))),
+        ("magnitude-s40+scope=global", Recipe("magnitude", None, prune=PruneSpec(0.4, scope="global"))),
+        (
+            "wanda-s50+t_groups=bias|norm+t_source=retain+t_steps=7",
+            Recipe(
+                "wanda", None, prune=PruneSpec(0.5, "wanda"), retrain=Retrain("bias|norm", source="retain", steps=7)
+            ),
+        ),
+        (
+            "gptq-w4a16-g64+w2=re:.*q%2B|fc1+w8=fc2+p_sparsity=0.5+p_method=sparsegpt+p_pattern=2:4",
+            Recipe(
+                "gptq",
+                G64,
+                widths=((2, ("re:.*q+", "fc1")), (8, ("fc2",))),
+                prune=PruneSpec(0.5, "sparsegpt", "2:4"),
+            ),
+        ),
         *((f"magnitude-s{p}", Recipe("magnitude", None, prune=PruneSpec(p / 100))) for p in (10, 29, 50, 57, 90)),
     ],
 )
@@ -124,7 +140,7 @@ def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
         ("rtn-w8a8+a_dynamic=false", "a_dynamic: needs data, and rtn takes none; e.g. smoothquant-w8a8"),
         ("hqq-w4a4+a_search=true", "a_search: needs data, and hqq takes none"),
         ("rtn-w4a4+a_fallback=0.1", "a_fallback: needs data"),
-        ("gptq-w4a4+a_fallback=0", "a_fallback: 0.0 is not above 0"),
+        ("gptq-w4a4+a_fallback=0", "a_fallback: 0.0 is not a number above 0"),
         ("gptq-w4a4+a_search=true+a_clip=0.9", "a_clip: 0.9 is given, and a_search would find another"),
         ("gptq-w4a4+a_search=1", "a_search: 1 is not bool"),
         ("gptq-w4a4+a_rotate=1", "a_rotate: unknown; known are bits, symmetric, dynamic, clip, search, fallback"),
@@ -157,6 +173,22 @@ def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
         ("dense+clip=true", "clip: dense has no such knob"),
         ("magnitude-s50@retain:3", "calibration: magnitude takes no data"),
         ("rtn-w4a16-g64@retain:3", "calibration: rtn takes no data"),
+        ("wanda-s5", "sparsity: 0.05 is not a whole percentage"),
+        ("wanda-3:4", "pattern: 3:4 is not one of 2:4, 4:8"),
+        ("sparsegpt-s50+scope=global", "scope: 'global' does not go with sparsegpt"),
+        ("wanda-2:4+scope=row", "scope: 'row' does not go with the pattern 2:4"),
+        ("wanda-s50+p_sparsity=0.3", "p_sparsity: goes with integer weights"),
+        ("gptq-w4a16-g64+p_method=sparsegbt", "prune method: 'sparsegbt' is not one of"),
+        ("gptq-w4a16-g64+p_sparsity=0.3+p_pattern=2:4", "sparsity: 0.3 does not go with the pattern 2:4"),
+        ("magnitude-s50+seed=3", "seed: 3 does not go with magnitude"),
+        ("magnitude-s50+clip=true", "clip: magnitude has no such knob"),
+        ("wanda-s50+t_groups=bias|biases", "t_groups: 'biases' is not one of"),
+        ("wanda-s50+t_groups=lora|mask_lora", "one adapter at most"),
+        ("wanda-s50+t_groups=all|bias", "all has the others in it"),
+        ("wanda-s50+t_groups=bias+t_by=layer", "t_by: 'layer' is not one of loss, block"),
+        ("wanda-s50+t_groups=bias+t_steps=0", "t_steps: 0 is below 1"),
+        ("wanda-s50+t_groups=head+t_by=block", "by block there is no head"),
+        ("rtn-w4a16-g64+w5=fc1", "w5: rtn has no such knob"),
         ("gptq-w4a16-g64@", "'' is not of the form source:number"),
         ("gptq-w4a16-g64@retain:64+web:3", "'web' is not one of retain, forget, text, length"),
         ("gptq-w4a16-g64@retain:64+retain:3", "retain is there twice"),
@@ -200,6 +232,41 @@ def test_sparsities_without_a_name_are_refused(share):
         PruneSpec(share)
 
 
-def test_a_recipe_does_not_prune_and_quantize():
-    with pytest.raises(ValueError, match="prunes or quantizes, not both"):
-        Recipe("magnitude", QuantSpec(4), prune=PruneSpec(0.5))
+def test_what_does_not_go_together_is_refused():
+    prune = PruneSpec(0.5, "wanda")
+    for values, message in (
+        ({"method": "magnitude", "prune": prune}, "prune: wanda does not go with magnitude"),
+        ({"method": "dense", "prune": prune}, "prune: wanda does not go with dense"),
+        ({"method": "wanda"}, "prune: wanda without a sparsity"),
+        ({"method": "dense", "retrain": Retrain()}, "retrain: goes with pruning"),
+        (
+            {"method": "gptq", "spec": QuantSpec(4), "prune": prune, "rotation": Rotation()},
+            "rotation: of a pruned model",
+        ),
+        ({"method": "flatquant", "spec": QuantSpec(4), "prune": prune}, "prune: flatquant's maps"),
+        ({"method": "rtn", "spec": QuantSpec(4), "widths": ((4, ("fc1",)),)}, "widths: .*expected some of 2, 3, 8"),
+        ({"method": "rtn", "spec": QuantSpec(4), "widths": ((8, ("a",)), (2, ("b",)))}, "narrowest first"),
+        ({"method": "rtn", "spec": QuantSpec(4), "widths": ((8, ()),)}, "w8: names no layer"),
+        ({"method": "wanda", "prune": prune, "widths": ((8, ("fc1",)),)}, "widths: go with integer weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recipe(**{"spec": None, **values})
+
+
+def test_long_lists_of_layers_are_shortened_for_people():
+    layers = [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]
+    recipe = parse_recipe(f"gptq-w4a16-g64+w2={'|'.join(layers)}+w8=down_proj@text:9")
+    other = parse_recipe(f"gptq-w4a16-g64+w2={'|'.join([*layers[1:], 'up_proj'])}+w8=down_proj@text:9")
+    assert re.fullmatch(r"gptq-w4a16-g64\+w2=<12:[0-9a-f]{4}>\+w8=down_proj@text:9", str(recipe))
+    assert str(recipe) != str(other)
+    assert parse_recipe(recipe.name) == recipe
+
+
+def test_the_narrowest_width_that_means_a_layer():
+    recipe = parse_recipe("rtn-w4a16-g64+w2=h.1.fc1|re:.*q_proj+w8=h.1|fc2")
+    bits = {
+        name: recipe.spec_of(name).bits
+        for name in ("h.1.fc1", "h.1.fc2", "h.0.fc2", "h.0.fc1", "h.0.q_proj", "h.10.fc1")
+    }
+    assert bits == {"h.1.fc1": 2, "h.1.fc2": 8, "h.0.fc2": 8, "h.0.fc1": 4, "h.0.q_proj": 2, "h.10.fc1": 4}
+    assert recipe.spec_of("h.1.fc1").group_size == 64

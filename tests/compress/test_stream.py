@@ -16,9 +16,9 @@ import torch
 from remanence.compress import stream
 from remanence.compress.checkpoint import load_model, packed_state
 from remanence.compress.files import read_json
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import compress_
 from remanence.compress.shards import ShardReader
-from remanence.compress.spec import parse_recipe
 from remanence.compress.stream import Job, compress_streamed, unfinished
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
@@ -76,6 +76,12 @@ def run(source, recipe, target, batches=BATCHES, **options):
         "gptq-w4a16-g16-plain",
         "gptq-w4a16-g32+alpha=0.5+sequential=false",
         "magnitude-s50",
+        "magnitude-s30+scope=global",
+        "random-s60+seed=3",
+        "wanda-s50",
+        "sparsegpt-2:4",
+        "gptq-w4a16-g16+p_sparsity=0.5+p_method=sparsegpt",
+        "rtn-w4a16-g16+p_sparsity=0.5+p_scope=global",
     ],
 )
 def test_streamed_is_in_memory(arch, recipe, untrained, tmp_path):
@@ -111,6 +117,18 @@ def test_reports_name_every_layer(llama, tmp_path):
     assert all(layer["of"] == "outputs" and 0 < layer["error"] < 0.1 for layer in made["layers"])
     # The head stays dense, and its unit has no layers to report.
     assert len(made["layers"]) == 14
+
+
+def test_reports_of_pruned_layers(llama, tmp_path):
+    made = run(llama, "wanda-s50", tmp_path / "out")
+    assert [layer["name"] for layer in made["layers"]] == list(Job(llama, parse_recipe("wanda-s50"), BATCHES).layers)
+    for layer in made["layers"]:
+        assert (layer["of"], layer["note"], layer["bits"]) == ("outputs", "50% zero", None)
+        assert 0 < layer["error"] < 0.5
+    assert made["stock_readable"]
+    assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
+    made = run(llama, "magnitude-s30", tmp_path / "by-size")
+    assert all(layer["of"] == "weights" and 0 < layer["error"] < 0.1 for layer in made["layers"])
 
 
 def test_a_tied_head_is_stored_once(untrained, tmp_path):
@@ -151,7 +169,10 @@ def live_bytes():
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4a16-g64-plain", "gptq-w4a16-g64-plain"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["rtn-w4a16-g64-plain", "gptq-w4a16-g64-plain", "magnitude-s50+scope=global", "wanda-s50", "sparsegpt-s50"],
+)
 def test_nothing_is_left_of_what_is_done(recipe, tmp_path):
     """At the start of every unit, no more tensors are alive than before the first."""
     config = LlamaConfig(
@@ -313,6 +334,18 @@ def test_an_unfinished_run_is_not_gone_over_without_being_asked(llama, tmp_path)
     assert len(made["layers"]) == 14
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    ["magnitude-s50+scope=global", "wanda-s50", "sparsegpt-s50", "gptq-w4a16-g16+p_sparsity=0.5+p_method=sparsegpt"],
+)
+@pytest.mark.parametrize("units", [1, 2])
+def test_pruning_goes_on_to_the_same_bytes(recipe, units, llama, tmp_path):
+    run(llama, recipe, tmp_path / "whole")
+    interrupted(llama, recipe, tmp_path / "out", units)
+    run(llama, recipe, tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_another_job_does_not_go_on_with_it(llama, untrained, tmp_path):
     interrupted(llama, "gptq-w4a16-g16-plain", tmp_path / "out", 2)
     before = digests(unfinished(tmp_path / "out"))
@@ -333,7 +366,16 @@ def test_another_job_does_not_go_on_with_it(llama, untrained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["rtn-w3a16-plain", "gptq-w3a16-plain", "signround-w3a16+iterations=2", "magnitude-s50"]
+    "recipe",
+    [
+        "rtn-w3a16-plain",
+        "gptq-w3a16-plain",
+        "signround-w3a16+iterations=2",
+        "magnitude-s50",
+        "magnitude-s50+scope=global",
+        "wanda-s50",
+        "rtn-w4a16+p_sparsity=0.5+p_method=sparsegpt",
+    ],
 )
 def test_layers_in_front_of_the_blocks(recipe, tmp_path):
     """OPT-350m projects its embeddings: what enters the first block is the compressed projection's."""
@@ -418,6 +460,8 @@ def test_data_that_is_not_asked_for_is_not_looked_at(llama):
     [
         ("rtn-w4a16-g48", r"self_attn\.q_proj: 32 input features do not divide into groups of 48"),
         ("rtn-w4a16-g16+ignore=lm_hood", "'lm_hood' names no module of LlamaForCausalLM"),
+        ("wanda-s50+t_groups=bias", "retrain: goes through all of the model, and wanda-s50.* is not streamed"),
+        ("sparsegpt-s50+g_draws=2", "gate: keeps blocks at 8 bits"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_read(recipe, message, llama, tmp_path):

@@ -12,8 +12,8 @@ import torch
 from remanence.compress.checkpoint import load_model, load_tokenizer, save_model
 from remanence.compress.linear import QuantLinear
 from remanence.compress.places import base_directory
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import parse_recipe
 from remanence.compress.walk import linears
 from remanence.unlearn import adapters
 from remanence.unlearn.catalog import settings

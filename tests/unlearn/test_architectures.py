@@ -9,9 +9,10 @@ import re
 import pytest
 import torch
 from remanence.compress.checkpoint import load_model
+from remanence.compress.knobs import PLAIN_RTN
 from remanence.compress.places import base_directory
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import PLAIN_RTN, parse_recipe
 from remanence.compress.walk import linears, storage_dtype, weight_of
 from remanence.unlearn import adapters
 from remanence.unlearn.catalog import METHODS, settings

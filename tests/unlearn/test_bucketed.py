@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from remanence.compress.knobs import PLAIN_RTN
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.rtn import rtn
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import PLAIN_RTN, QuantSpec, parse_recipe
+from remanence.compress.spec import QuantSpec
 from remanence.compress.walk import linears, storage_dtype
 from remanence.unlearn.bucketed import bounds, control_recipe, freeze_to_buckets, mean_width
 from remanence.unlearn.catalog import MethodConfig, settings

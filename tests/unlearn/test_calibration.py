@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from remanence.compress.spec import Calibration, parse_calibration
+from remanence.compress.spec import Calibration, Retrain, parse_calibration
 from remanence.unlearn.calibration import (
     BATCH_TOKENS,
     batched,
     calibration_batches,
     default_calibration,
+    retraining_batches,
 )
 from remanence.unlearn.data import QA
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
@@ -93,3 +94,26 @@ def test_what_is_not_there(corpus, encoder, asked, message):
 def test_a_text_that_is_too_short(corpus, encoder):
     with pytest.raises(ValueError, match="text:3 asked for, but there are 0 sequences"):
         calibration_batches(Calibration(text=3), encoder, sources(corpus), "short")
+
+
+def test_data_for_retraining(corpus, encoder):
+    """All rows of a source, or as many as were asked for; pieces of a text."""
+    rows = {"retain": corpus.retain, "forget": corpus.forget}
+    text = " ".join(row.answer for row in corpus.retain)
+    all_rows = retraining_batches(Retrain(source="forget"), encoder, rows)
+    whole = {tuple(encoder.pair(row.question, row.answer)[0]) for row in corpus.forget}
+    assert {tuple(ids.tolist()) for batch in all_rows for ids in batch} == whole
+    some = retraining_batches(Retrain(source="retain", sequences=3), encoder, rows)
+    assert sum(map(len, some)) == 3
+    other = retraining_batches(Retrain(source="retain", sequences=3, seed=1), encoder, rows)
+    assert [batch.tolist() for batch in some] != [batch.tolist() for batch in other]
+    pieces = retraining_batches(Retrain(source="text", length=16, sequences=5), encoder, rows, text)
+    assert [list(batch.shape) for batch in pieces] == [[5, 16]]
+    for retrain, message in (
+        (Retrain(source="text"), "retrain: text needs a text"),
+        (Retrain(source="forget", sequences=1000), "retrain: forget:1000 asked for, but there are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            retraining_batches(retrain, encoder, rows)
+    with pytest.raises(ValueError, match="retrain: forget: there is none"):
+        retraining_batches(Retrain(source="forget"), encoder, {})

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from remanence.compress.knobs import PLAIN_RTN
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.rtn import rtn
-from remanence.compress.spec import PLAIN_RTN, parse_recipe
 from remanence.compress.walk import linears, storage_dtype
 from remanence.unlearn.catalog import MethodConfig
 from remanence.unlearn.encode import IGNORE, Batch

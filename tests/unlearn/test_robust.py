@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from remanence.compress.knobs import PLAIN_RTN
+from remanence.compress.recipe import DENSE, Recipe, parse_recipe
 from remanence.compress.rtn import rtn
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import DENSE, PLAIN_RTN, QuantSpec, Recipe, parse_recipe
+from remanence.compress.spec import QuantSpec
 from remanence.compress.walk import linears, storage_dtype, weight_of
 from remanence.unlearn.encode import IGNORE, Batch
 from remanence.unlearn.robust import apply_floor_, fake_quantized, logit_margin

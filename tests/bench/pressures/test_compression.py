@@ -7,8 +7,8 @@ import torch
 from remanence.bench.pressures.compression import compression
 from remanence.bench.tokens import answers
 from remanence.compress.checkpoint import load_model
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import compress_
-from remanence.compress.spec import parse_recipe
 from remanence.compress.stream import compress_to
 from remanence.compress.walk import linears
 from remanence.unlearn.catalog import MethodConfig

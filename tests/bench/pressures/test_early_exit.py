@@ -8,8 +8,8 @@ import torch
 from remanence.bench.pressures.early_exit import early_exit, leak
 from remanence.bench.pressures.pressed import Pressed
 from remanence.bench.tokens import answers
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import parse_recipe
 from remanence.unlearn.inference.guarded import Guarded
 from remanence.unlearn.inference.icu import Icu, IcuConfig
 from remanence.unlearn.layers import decoder_layers, first_layers

@@ -9,8 +9,8 @@ from remanence.bench.pressures.pressed import Pressed
 from remanence.bench.pressures.relearn import DEMO, Relearning, relearn, relearn_advantage, split
 from remanence.bench.statistics import bootstrap_mean
 from remanence.bench.tokens import answers
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
-from remanence.compress.spec import parse_recipe
 from remanence.unlearn.catalog import MethodConfig
 from remanence.unlearn.data import QA
 from remanence.unlearn.encode import epochs

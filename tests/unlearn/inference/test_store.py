@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from remanence.compress.checkpoint import load_model, load_tokenizer, save_model
-from remanence.compress.spec import parse_recipe
+from remanence.compress.recipe import parse_recipe
 from remanence.compress.stream import compress_to
 from remanence.unlearn.inference.builders import BUILDERS
 from remanence.unlearn.inference.guarded import Guarded
