@@ -286,6 +286,9 @@ def compress(
     data_dir: Annotated[str | None, typer.Option(help="TOFU's files (default: from the hub).")] = None,
     text: Annotated[str | None, typer.Option(help="A file of running text, for calibration.")] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU or NPU where there is one) or cpu.")] = "auto",
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Store 2:4 layers without their zeros, for load_model alone.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and do no more.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last block done for this --out.")] = False,
     seed: Seed = 0,
@@ -307,6 +310,7 @@ def compress(
         text=text,
         seed=seed,
         device=device,
+        sparse=sparse,
     )
     _new(out)
     from .progress import run_with_bar
@@ -319,6 +323,69 @@ def compress(
         # Said already, in words.
         made = {key: value for key, value in made.items() if key not in ("layers", "plan", "actual")}
     _done(made, as_json)
+
+
+@app.command()
+def allocate(
+    model: Annotated[str, typer.Option(help="A model directory or hub id.")],
+    recipe: Annotated[str, typer.Option(help="A quantizer, e.g. gptq-w4a16-g64, or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="The new recipe file, .yaml.")],
+    budget: Annotated[float | None, typer.Option(help="For all layers that the recipe quantizes, e.g. 4.0.")] = None,
+    unit: Annotated[
+        str, typer.Option(help="Of the budget: bits (average of codes), stored-bits (with scales), bytes, seconds.")
+    ] = "bits",
+    measure: Annotated[str, typer.Option(help="Of sensitivity: tdmpq, cmpq, pmpq, hessian, error, kl, ...")] = "tdmpq",
+    rule: Annotated[str, typer.Option(help="milp (the best choice within the budget) or threshold.")] = "milp",
+    widths: Annotated[str | None, typer.Option(help="To choose from, comma-separated, e.g. 2,3,4,8,16.")] = None,
+    target: Annotated[str, typer.Option(help="What will run it: remanence, transformers or vllm.")] = "remanence",
+    fuse: Annotated[bool, typer.Option(help="One width for q, k, v and for gate, up, which engines join.")] = True,
+    calibration: Annotated[
+        str | None, typer.Option(help="What is measured on: retain:64,forget:32,text:128,length:512.")
+    ] = None,
+    retain: Annotated[str | None, typer.Option(help="A file of rows to keep.")] = None,
+    forget: Annotated[str | None, typer.Option(help="A file of rows; forgetNN with --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="tofu or people: retain and forget rows of that data.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="TOFU's files (default: from the hub).")] = None,
+    text: Annotated[str | None, typer.Option(help="A file of running text.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose a width for every layer, by how sensitive it is and within a budget, and write the recipe."""
+    from .allocating import Order, show_allocation
+    from .allocating import allocate as run
+
+    chosen = _names("widths", widths)
+    if chosen is not None and not all(width.isdecimal() for width in chosen):
+        raise UsageError(f"widths: {widths!r} is not a list of numbers, e.g. 2,3,4,8,16")
+    order = _usage(
+        Order,
+        model=model,
+        recipe=recipe,
+        measure=measure,
+        budget=budget,
+        unit=unit,
+        rule=rule,
+        widths=None if chosen is None else tuple(map(int, chosen)),
+        target=target,
+        fuse=fuse,
+        calibration=calibration,
+        retain=retain,
+        forget=forget,
+        data=data,
+        data_dir=data_dir,
+        text=text,
+        seed=seed,
+    )
+    _writable("out", out.parent)
+    from .progress import run_with_bar
+
+    _quiet()
+    made = run_with_bar(f"allocate {recipe}", lambda progress: run(order, out, progress, _say), as_json)
+    if as_json:
+        print(json.dumps(made, indent=1))
+    else:
+        show_allocation(made, sys.stdout)
+        _say(f"recipe: {made['out']}")
 
 
 @app.command()
@@ -449,13 +516,19 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="A benchmark; without one, their names.")] = "",
-    methods: Annotated[str | None, typer.Option(help="unlearning, ptq: these methods only, comma-separated.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="unlearning, ptq, w4a4: these methods only, comma-separated; mixed: measures.")
+    ] = None,
     data_dir: Annotated[
         str | None,
-        typer.Option(help="unlearning, evaluation: TOFU's files (default: the hub's); ptq, w4a4: WikiText-2's."),
+        typer.Option(help="unlearning, evaluation: TOFU's files (default: the hub's); others: WikiText-2's."),
     ] = None,
     parts: Annotated[
-        str | None, typer.Option(help="ptq: of quality, layers, recovery; w4a4: of quality, recovery.")
+        str | None,
+        typer.Option(
+            help="ptq: of quality, layers, recovery; w4a4: of quality, recovery; perp: of quality, cost, recovery; "
+            "mixed: of quality, sources."
+        ),
     ] = None,
     peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,
     gib: Annotated[float | None, typer.Option(help="streaming: size of the model's weights.")] = None,
