@@ -18,6 +18,8 @@ BENCHES = {
         "our quantizers beside GPTQModel's and llm-compressor's; what each brings back, by calibration data",
     ),
     "w4a4": ("w4a4", "activations and the KV cache in few bits: what each scheme costs, and what it brings back"),
+    "mixed": ("mixed", "a width for every layer, by every measure of sensitivity, beside one width for all"),
+    "perp": ("perp", "pruned models retrained: what each group gives back, what it costs, what it brings back"),
     "evaluation": ("evaluation", "TOFU's whole evaluation in batches beside the same work one example at a time"),
     "streaming": ("streaming", "a model twice as large as its memory: compressed, killed, resumed, and as predicted"),
     "startup": ("startup", "seconds until `--help` and `import remanence` are done"),
