@@ -73,8 +73,13 @@ RECOVERY = (
     f"dense+kv_bits=4{SHORT}",
     f"dense+kv_bits=2{SHORT}",
 )
-RECOVERY_CALIBRATED = ("smoothquant-w8a8", "gptq-w4a8-g64", "gptq-w4a4+r_kind=hadamard", "flatquant-w4a4")
-RECOVERY_CALIBRATED += (f"gptq-w4a4+r_kind=hadamard+kv_bits=4{SHORT}",)
+RECOVERY_CALIBRATED = (
+    "smoothquant-w8a8",
+    "gptq-w4a8-g64",
+    "gptq-w4a4+r_kind=hadamard",
+    "flatquant-w4a4",
+    f"gptq-w4a4+r_kind=hadamard+kv_bits=4{SHORT}",
+)
 OUTLIERS, FACTOR = 4, 30.0
 SEQUENCES, LENGTH = 64, 256
 # Of the dense model's perplexity.

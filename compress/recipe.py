@@ -340,8 +340,8 @@ def parse_recipe(name: str) -> Recipe:
                 raise ValueError(f"kv_{next(iter(keeping))}: without kv_bits")
             prune = with_fields(PruneSpec(), pruning, "p_") if pruning else recipe.prune
             if recipe.prune is not None:
-                own = {knob: _value(given.pop(knob)) for knob in ("scope", "seed") if knob in given}
-                prune = with_fields(recipe.prune, own)
+                own = [knob for knob in ("scope", "seed") if knob in given]
+                prune = with_fields(recipe.prune, {knob: _value(given.pop(knob)) for knob in own})
             options = _parse_options(recipe, given) if given else recipe.options
             return replace(
                 recipe,

@@ -144,6 +144,7 @@ def allocate(
     stored = sizes(model, recipe, widths)
     tied = fused(model, recipe, target.experts) if order.fuse else ()
     start = time.perf_counter()
+    assert recipe.spec is not None
     narrow = sorted({*widths, recipe.spec.bits} - {DENSE_WIDTH})
     found = sensitivities(model, order.measure, batches, recipe, narrow, order.seed, progress)
     measured_s = time.perf_counter() - start
@@ -194,7 +195,7 @@ def _widths(order: Order, recipe: Recipe, target: Target) -> tuple[int, ...]:
             raise UsageError(f"widths: {width} is not run by {order.target}, which has {_listed(target.widths)}")
     if target.fused and not order.fuse:
         raise UsageError(f"fuse: {order.target} joins layers that share an input; they have one width there")
-    if not target.asymmetric and not recipe.spec.symmetric:
+    if not target.asymmetric and recipe.spec is not None and not recipe.spec.symmetric:
         raise UsageError(f"target: {order.target} reads no asymmetric file of several widths; {target.why}")
     return widths
 
