@@ -174,7 +174,7 @@ def _compressed(
 ) -> tuple[PreTrainedModel, Survival | None]:
     """The model compressed, and what is left of its update at the weights: None where weights cannot be compared."""
     batches, again = data
-    if (recipe.calibrated or recipe.retrain is not None) and not _moved(recipe):
+    if (recipe.calibrated or recipe.prune is not None) and not _moved(recipe):
         ours = compress_(copy.deepcopy(model), recipe, batches, report, again)
         theirs = compress_(copy.deepcopy(target), recipe, batches, retraining=again)
         return ours, survival(model, target, recipe, (ours, theirs))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import permutations
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -101,7 +101,8 @@ def survival(
 ) -> Survival:
     """Over all linear layers that `recipe` does not ignore, one after the other; the models stay as they are.
 
-    packed   both models as a calibrated recipe left them, which cannot be had from a weight alone
+    packed   both models as the recipe left them, where that cannot be had from a weight alone: by a calibrated one, or
+             where more than one thing is done
     Raises ValueError for models of unlike layers, weights that are not finite, and layers that cannot take the recipe.
     """
     total, by_module, layers = _Sums(), dict[str, _Sums](), dict[str, WeightSurvival]()
@@ -230,8 +231,9 @@ def _stepped(weight: Tensor, value: Tensor, codes: Tensor, scale: Tensor) -> _Co
     return _Compressed(weight, value, codes, scale.abs().masked_fill(empty, 0))
 
 
-def _unpacked(weight: Tensor, layer: nn.Module) -> _Compressed:
-    assert isinstance(layer, QuantLinear)
+def _unpacked(weight: Tensor, layer: Any) -> _Compressed:
+    if not isinstance(layer, QuantLinear):  # pruned
+        return _Compressed(weight, weight_of(layer), weight_of(layer), None)
     return _stepped(weight, layer.dequantized(), layer.codes(), layer.scale)
 
 

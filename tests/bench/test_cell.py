@@ -183,6 +183,18 @@ def test_a_cache_that_rounds_nothing_is_an_error(saved, corpus, tmp_path):
             assert "kv: no key or value was rounded" in cell["error"]
 
 
+@pytest.mark.parametrize("source", ["retain", "forget"])
+def test_a_pruned_model_is_trained_again_on_the_data_that_the_recipe_names(saved, corpus, tmp_path, source):
+    """The oracle, which never saw the forgotten rows, knows them where it is trained on them, and only there."""
+    recipe = f"magnitude-s50+t_groups=norm|mask_lora+t_source={source}+t_steps=12+t_learning_rate=0.01"
+    cell = measure_cell(saved / "oracle", saved / "target", parse_recipe(recipe), corpus, tmp_path)
+    pruned = measure_cell(saved / "oracle", saved / "target", parse_recipe("magnitude-s50"), corpus, tmp_path)
+    known, before = (np.mean(found["sets"]["forget"]["probability"]) for found in (cell, pruned))
+    assert [layer["name"] for layer in cell["layers"]].count("retraining") == 1
+    assert (known > before + 0.1) == (source == "forget")
+    assert not list(tmp_path.iterdir())
+
+
 def test_error_of_a_cell():
     assert CellScores("npo", None, RECIPE, {"error": "no"}).error == "no"
 
