@@ -100,6 +100,7 @@ def test_untying_changes_no_answer(untrained):
         assert not torch.equal(model.get_input_embeddings().weight, model.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_cost_is_measured_in_processes_of_their_own():
     shape = replace(SHAPE, arch="llama", hidden_size=32, max_length=32)
     rows, checks = perp_cost.run(0, ("mask_lora",), shape, 3)

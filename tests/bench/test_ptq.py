@@ -52,6 +52,7 @@ def test_a_check_is_against_the_best_peer(ours, ok):
     assert [check["ok"] for check in ptq_quality._checks(rows[0], rows)] == ok
 
 
+@pytest.mark.slow
 def test_a_layer_is_timed_in_a_process_of_its_own(tmp_path):
     rows, checks = ptq_layers.run(0, tmp_path, tmp_path, (), shapes=((64, 128),), sequences=2)
     assert checks == []

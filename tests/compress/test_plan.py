@@ -75,6 +75,7 @@ def outcomes(tmp_path_factory):
     return {found["recipe"]: found for found in map(json.loads, child.stdout.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_memory_and_disk_are_as_predicted(recipe, outcomes):
     found = outcomes[recipe]

@@ -258,7 +258,7 @@ def test_a_recipe_that_a_model_cannot_take_is_a_failed_cell(cache, tmp_path):
 
 @pytest.mark.parametrize(
     "signal_number",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+    [*(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
     ids=lambda s: s.name,
 )
 def test_an_interrupted_audit_goes_on_where_it_stood(cache, tmp_path, signal_number):
@@ -337,9 +337,8 @@ def files(own, *names):
     return [text for name in names for text in (f"--{name}", own / f"{'all' if name == 'data' else name}.jsonl")]
 
 
-@pytest.mark.parametrize(
-    "names", [("forget", "retain"), pytest.param(("forget", "data"), marks=pytest.mark.slow)], ids="+".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("forget", "retain"), ("forget", "data")], ids="+".join)
 def test_a_gpt2_with_files_of_its_own(own, tmp_path, names):
     settings = ["--methods=npo", "--learning-rate=1e-3", "--steps=25", "--recipes=rtn-w8a16-plain,rtn-w4a16-g64-plain"]
     done = remanence(
