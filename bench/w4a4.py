@@ -24,6 +24,8 @@ from ..compress.kv_attach import attach_kv_
 from ..compress.kv_cache import KVCache
 from ..compress.recipe import Recipe, parse_recipe
 from ..compress.sequential import LayerReport, compress_
+from ..compress.spec import KVSpec
+from ..kernels.ops import integer_linear, pack
 from ..unlearn.demo import DemoConfig, byte_bpe
 from . import ptq_recovery
 from .perplexity import perplexity
@@ -82,6 +84,12 @@ RECOVERY_CALIBRATED = (
 )
 OUTLIERS, FACTOR = 4, 30.0
 SEQUENCES, LENGTH = 64, 256
+NEW = 24  # tokens generated
+# What has to be the same but for rounding, or the same.
+EXACT = (
+    ("rotation", "logits changed by the rotation alone", 1e-4),
+    ("kv_differs", "generated tokens unlike those without a cache", 0),
+)
 # Of the dense model's perplexity.
 NEAR = 1.01
 # Mean probability of an answer: what has not been forgotten cannot come back.
@@ -111,7 +119,7 @@ def run(
     if "quality" in parts:
         with tempfile.TemporaryDirectory() as place:
             rows = quality(seed, Path(place), *texts(data_dir), recipes, shape, epochs)
-        checks = quality_checks({row["recipe"]: row for row in rows})
+        checks = [*quality_checks({row["recipe"]: row for row in rows}), integer_check(seed)]
     if "recovery" in parts:
         found = ptq_recovery.run(
             seed,
@@ -141,7 +149,10 @@ def quality(
     kl           nats per token, from the dense model's answer to the compressed one's
     worst_input  largest relative squared error of a layer's output that comes from its input's rounding alone
     eight        layers that fell back to inputs of 8 bits
+    rotation     what a rotation alone changed: largest difference of logits, of the largest logit
     kv_bytes     of the cache after a text of LENGTH tokens, and in full precision
+    kv_differs   tokens that `generate` with this cache, four rows padded on the left, has otherwise than each row by
+                 itself, read whole for every token, without a cache
     seconds      of compressing
     """
     tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
@@ -161,7 +172,11 @@ def quality(
         if recipe.kv is not None:
             attach_kv_(model, recipe.kv)
             row |= _memory(model, dense, judged[0])
+            row["kv_differs"] = _differs(load_model(target).double(), recipe.kv, judged[0])
         row |= _judge(model, dense, tokenizer, held_out, judged)
+        turned = [report.error for report in reports if report.name == "rotation"]
+        if turned:
+            row["rotation"] = turned[0]
         errors = [report.input_error for report in reports if report.input_error is not None]
         if errors:
             row |= {"worst_input": max(errors), "eight": sum(report.input_bits == 8 for report in reports)}
@@ -215,6 +230,42 @@ def _memory(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> dict
     return {"kv_bytes": cache.memory_bytes(), "kv_bytes_dense": whole}
 
 
+@torch.no_grad()
+def _differs(model: PreTrainedModel, kv: KVSpec, ids: Tensor) -> int:
+    """In float64, in which both ways of adding up a row give the same integers."""
+    attach_kv_(model, kv)
+    lengths = [LENGTH // 2 - 9 * i for i in range(4)]
+    rows = [ids[i % len(ids), : min(length, ids.shape[1] // 2)] for i, length in enumerate(lengths)]
+    width = max(map(len, rows))
+    padded = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+    served = model.generate(padded, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    differs = 0
+    for row, found in zip(rows, served[:, width:], strict=True):
+        text = row[None]
+        for _ in range(NEW):
+            logits = model(text, use_cache=False).logits[:, -1]
+            logits[:, model.generation_config.eos_token_id or []] = -torch.inf
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+        differs += int((text[0, -NEW:] != found).sum())
+    return differs
+
+
+def integer_check(seed: int) -> dict:
+    """Sums of products of random codes, of inputs and weights of 8 and 4 bits, beside NumPy's int64 (few enough that
+    float32 holds what comes out)."""
+    generator = torch.Generator().manual_seed(seed)
+    wrong = 0
+    for bits in (8, 4):
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+        x, w = (torch.randint(low, high, shape, generator=generator) for shape in ((17, 515), (33, 515)))
+        packed = pack((w - low).to(torch.uint8), bits)
+        one, none = torch.ones(33, 1), torch.zeros(1, dtype=torch.int32)
+        found = integer_linear(x.float(), packed, one, bits=bits, x_bits=bits, x_scale=torch.ones(1), x_zero=none)
+        wrong += int((found.long().numpy() != x.numpy() @ w.numpy().T).sum())
+    return {"what": "integer products, 8 and 4 bits: sums unlike int64's", "limit": 0, "value": wrong, "ok": not wrong}
+
+
 def quality_checks(rows: dict[str, dict]) -> list[dict]:
     """Of the rows that are there."""
     checks = []
@@ -235,6 +286,10 @@ def quality_checks(rows: dict[str, dict]) -> list[dict]:
         limit, value = rows[fixed]["kl"], min(better)
         what = "FlatQuant or the learned rotation loses less than the fixed one"
         checks.append({"what": what, "limit": limit, "value": value, "ok": value < limit})
+    for key, what, most in EXACT:
+        for name in (name for name, row in rows.items() if key in row):
+            found = rows[name][key]
+            checks.append({"what": f"{name}: {what}", "limit": most, "value": found, "ok": found <= most})
     at_most("KV cache at 8 bits: perplexity within 1% of full precision", KV[0], "dense", "perplexity", NEAR)
     return checks
 

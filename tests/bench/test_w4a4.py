@@ -39,6 +39,8 @@ def test_checks_can_fail(rows):
     assert {check["what"] for check in checks} == {
         "rtn-w8a8: perplexity within 1% of full precision",
         "rotation loses less than none",
+        "rtn-w4a4+r_kind=hadamard: logits changed by the rotation alone",
+        "dense+kv_bits=4: generated tokens unlike those without a cache",
     }
     assert all(check["ok"] for check in checks)
     worse = rows | {"rtn-w8a8": rows["rtn-w4a4"] | {"perplexity": 2 * rows["dense"]["perplexity"]}}
@@ -47,6 +49,13 @@ def test_checks_can_fail(rows):
     assert [check["ok"] for check in w4a4.recovery_checks([found])] == [False, False]
     forgotten = found | {"verdict": "returned", "p_dense": 0.1}
     assert [check["ok"] for check in w4a4.recovery_checks([forgotten])] == [True, True]
+
+
+def test_integer_products_are_looked_at(monkeypatch):
+    assert w4a4.integer_check(0)["ok"]
+    exact = w4a4.integer_linear
+    monkeypatch.setattr(w4a4, "integer_linear", lambda x, *args, **kwargs: exact(x.clamp(-7, 6), *args, **kwargs))
+    assert not w4a4.integer_check(0)["ok"]
 
 
 def test_outliers_change_inputs_and_not_the_function(untrained):

@@ -89,6 +89,7 @@ def test_memory_and_disk_are_as_predicted(recipe, outcomes):
     assert found["disk"] / found["predicted"]["disk"] == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_calibrated_method_needs_what_its_hessians_take(outcomes):
     """Two of [3072, 3072] in float32 are there at a time, beside a block of 12 MB."""
     on_top = outcomes[RECIPES[2]]["peak"] - outcomes[RECIPES[2]]["base"]
