@@ -202,10 +202,14 @@ def show_layers(layers: Sequence[dict[str, Any]], file: IO[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = sorted(layers, key=lambda layer: -(layer["error"] or 0))[:_ROWS] if len(layers) > _ROWS else layers
+    # What was done to all of the model is no layer, and stands above them.
+    whole = [layer for layer in layers if layer["of"] in ("logits", "loss")]
+    layers = [layer for layer in layers if layer not in whole]
+    worst = sorted(layers, key=lambda layer: -(layer["error"] or 0))[:_ROWS] if len(layers) > _ROWS else layers
+    shown = [*whole, *worst]
     title = f"layers: the {_ROWS} of {len(layers)} with the largest error" if len(layers) > _ROWS else "layers"
     # Most names begin alike; what they share is said once.
-    heads = [layer["name"].split(".")[:-1] for layer in shown if layer["of"] not in ("logits", "loss")]
+    heads = [layer["name"].split(".")[:-1] for layer in worst]
     shared = ".".join(same[0] for same in takewhile(lambda parts: len(set(parts)) == 1, zip(*heads)))
     kinds = {layer["of"] for layer in shown if layer["error"] is not None}
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
