@@ -161,6 +161,9 @@ def prune_(
             raise ValueError(f"{recipe}: {name}: its weight is also the input embedding, not to be pruned")
         if not finite(module.weight):
             raise ValueError(f"{recipe}: {name}: weight: contains NaN or infinity and cannot be pruned")
+    if recipe.calibrated:
+        check_unshared(model, layers, recipe)
+        check_batches(recipe, batches, model)
     return _walk(model, recipe, layers, batches, report)
 
 
@@ -204,11 +207,7 @@ def _walk(
     report: Report,
 ) -> PreTrainedModel:
     """Compress all these layers, in place."""
-    blocks: list[str] = []
-    if recipe.calibrated:
-        check_unshared(model, layers, recipe)
-        check_batches(recipe, batches, model)
-        blocks = block_names(model)
+    blocks = block_names(model) if recipe.calibrated else []
     modules = dict(layers)
     cut = global_cut(layers, lambda name: weight_of(modules[name]), recipe)
     modules.clear()

@@ -13,10 +13,9 @@ from .compress.places import local_model
 from .compress.recipe import Recipe
 from .compress.recipe_file import read_recipe
 from .compress.spec import Calibration, parse_calibration
-from .config import AuditConfig
-from .corpus import load_corpus
+from .corpus import rows_by_source
 from .errors import UsageError
-from .unlearn.data import QA, read_rows, running_text
+from .unlearn.data import QA, running_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,11 +82,7 @@ class Order:
 
     def rows(self) -> dict[str, Sequence[QA]]:
         """Rows by source."""
-        if self.data is not None:
-            asked: dict[str, Any] = {"forget": self.forget} if self.forget else {}
-            corpus = load_corpus(AuditConfig(data=self.data, data_dir=self.data_dir, seed=self.seed, **asked))
-            return {"retain": corpus.retain, "forget": corpus.forget}
-        return {name: read_rows(path) for name, path in (("retain", self.retain), ("forget", self.forget)) if path}
+        return rows_by_source(self.data, self.data_dir, self.retain, self.forget, self.seed)
 
 
 def compress(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .config import AuditConfig
-from .unlearn.data import Corpus, EvalSet, check_subset, own_corpus, read_rows, spread
+from .unlearn.data import QA, Corpus, EvalSet, check_subset, own_corpus, read_rows, spread
 from .unlearn.people import forget_count, people_corpus
 from .unlearn.tofu import QUESTIONS_PER_AUTHOR, tofu_corpus
 
@@ -27,6 +29,17 @@ def load_corpus(config: AuditConfig) -> Corpus:
         if not all(row.question for row in rows):
             raise ValueError(f"{name}: has rows of running text; an audit asks questions (unlearn takes both)")
     return corpus
+
+
+def rows_by_source(
+    data: str | None, data_dir: str | None, retain: str | None, forget: str | None, seed: int
+) -> dict[str, Sequence[QA]]:
+    """What `--data`, or `--retain` and `--forget`, give a verb that looks at rows: those that are there, by source."""
+    if data is not None:
+        given: dict[str, Any] = {"forget": forget} if forget else {}
+        corpus = load_corpus(AuditConfig(data=data, data_dir=data_dir, seed=seed, **given))
+        return {"retain": corpus.retain, "forget": corpus.forget}
+    return {name: read_rows(path) for name, path in (("retain", retain), ("forget", forget)) if path}
 
 
 def _tofu(config: AuditConfig) -> Corpus:
