@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes
+from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model, weight_bytes, write_model
 from ..compress.knobs import FOLDING
 from ..compress.kv_attach import attach_kv_, check_rounded
 from ..compress.places import base_directory
@@ -148,6 +148,15 @@ def measure_cell(
     }
 
 
+def prune_to(
+    target_path: Path | str, recipe: Recipe, corpus: Corpus, out: Path, measures: Measures | None = None
+) -> None:
+    """Write the target, pruned by `recipe`, into the existing directory `out`; ValueError where it cannot be."""
+    model, tokenizer = load_model(target_path), load_tokenizer(target_path)
+    batches, _ = _data(recipe, Encoder(tokenizer, max_length(model)), corpus, measures or Measures())
+    write_model(compress_(model, recipe, batches), tokenizer, out)
+
+
 def _moved(recipe: Recipe) -> bool:
     """Whether weights stand for something else afterwards, and cannot be compared with another model's."""
     return recipe.method in FOLDING or recipe.rotation is not None
@@ -179,7 +188,7 @@ def _compressed(
         theirs = compress_(copy.deepcopy(target), recipe, batches, retraining=again)
         return ours, survival(model, target, recipe, (ours, theirs))
     left = None if _moved(recipe) else survival(model, target, recipe)
-    return compress_(model, recipe, batches, report), left
+    return compress_(model, recipe, batches, report, again), left
 
 
 def load_served(path: Path | str) -> tuple[PreTrainedModel, Encoder]:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..compress.recipe import Recipe, parse_recipe
 from ..compress.retrain import masks_of, retrain_
 from ..compress.sequential import compress_
 from ..compress.spec import Calibration, Retrain
-from ..compress.walk import linears
 from ..unlearn.calibration import calibration_batches
 from ..unlearn.catalog import settings
 from ..unlearn.data import QA, Corpus
@@ -27,7 +24,7 @@ from ..unlearn.demo import DemoConfig, demo_tokenizer, train_demo
 from ..unlearn.encode import Encoder
 from ..unlearn.methods import unlearn
 from ..unlearn.people import people_corpus
-from .perp_quality import knobs, zeros_are
+from .perp_quality import knobs
 from .ptq_quality import told
 from .ptq_recovery import FORGET, PEOPLE
 from .tokens import answers
@@ -79,20 +76,19 @@ def run(
         text = "\n".join(f"{row.question} {row.answer}" for row in (*others.retain, *others.forget))
     made = _Made(encoder, corpus, retrain, _batches(encoder, corpus, text, seed), sources)
 
-    def forgetful(model: PreTrainedModel, method: str) -> PreTrainedModel:
-        unlearn(model, encoder, corpus.forget, corpus.retain, method, settings(method, demo=True), seed)
+    def forgetful(start: PreTrainedModel, method: str, keep_zeros: bool = False) -> PreTrainedModel:
+        model, config = copy.deepcopy(start), settings(method, demo=True, keep_zeros=keep_zeros)
+        unlearn(model, encoder, corpus.forget, corpus.retain, method, config, seed)
         return model
 
-    dense = {method: forgetful(copy.deepcopy(target), method) for method in methods}
+    dense = {method: forgetful(target, method) for method in methods}
     rows: list[dict] = []
     for name in recipes:
         recipe = parse_recipe(name)
         pruned, masks = made.pruned(target, recipe)
         controls = {"target": made.ends(pruned, masks), "oracle": made.ends(*made.pruned(oracle, recipe))}
         for method in methods:
-            start = copy.deepcopy(pruned)
-            with zeros_kept(start, masks):
-                forgetful(start, method)
+            start = forgetful(pruned, method, keep_zeros=True)
             cells = {
                 ORDERS[0]: (made.scores(dense[method]), made.pruned(dense[method], recipe), made.scores(target)),
                 ORDERS[1]: (made.scores(start), (start, masks), controls["target"][""]),
@@ -177,26 +173,6 @@ class _Made:
             retrain_(model, replace(self.retrain, learning_rate=RATES[source]), masks, self.batches[source])
             found[source] = self.scores(model)
         return found
-
-
-@contextmanager
-def zeros_kept(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Whatever trains the weights inside the block, gradients do not reach those that masks [N, K] take away.
-
-    RuntimeError when one of them is not 0 at the end: the method moves weights by other means.
-    """
-    layers = dict(linears(model, ()))
-    handles = []
-    for name, mask in masks.items():
-        zeros = ~mask.T if isinstance(layers[name], Conv1D) else ~mask
-        handles.append(layers[name].weight.register_hook(lambda grad, zeros=zeros: grad.masked_fill(zeros, 0)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not zeros_are(model, dict(masks)):
-        raise RuntimeError("unlearning a pruned model: other weights than the masked ones are zero")
 
 
 def _mean(values: Sequence[float]) -> float:

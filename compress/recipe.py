@@ -25,6 +25,7 @@ from .knobs import CALIBRATED, METHODS, PLAIN, BnB, Options, check_options, make
 from .spec import (
     BITS,
     KV_BITS,
+    ORDERS,
     PATTERNS,
     PRUNERS,
     ActivationSpec,
@@ -207,6 +208,19 @@ class Recipe:
         """Whether its method needs data."""
         return self.method in CALIBRATED or (self.prune is not None and self.prune.calibrated)
 
+    @property
+    def unlearned_pruned(self) -> bool:
+        """Whether an audit's methods are to unlearn the pruned model."""
+        return self.prune is not None and self.prune.order == "prune-unlearn"
+
+    @property
+    def pruning(self) -> Recipe:
+        """What it makes zero, and nothing else that it does."""
+        assert self.prune is not None
+        calibration = self.calibration if self.prune.calibrated else None
+        prune = replace(self.prune, order=ORDERS[0])
+        return Recipe(prune.method, None, self.ignore, prune, calibration=calibration)
+
     def spec_of(self, name: str) -> QuantSpec:
         """The format of the layer of this full name; of several widths that mean it, the narrowest."""
         assert self.spec is not None
@@ -238,7 +252,7 @@ class Recipe:
     def _spell_pruning(self, prune: PruneSpec) -> str:
         if self.spec is not None:
             return _spell_part("p_", prune)
-        implied = asdict(replace(prune, scope=None, seed=0))
+        implied = asdict(replace(prune, scope=None, seed=0, order=ORDERS[0]))
         return _spell(asdict(prune), implied)
 
     @property
@@ -340,7 +354,7 @@ def parse_recipe(name: str) -> Recipe:
                 raise ValueError(f"kv_{next(iter(keeping))}: without kv_bits")
             prune = with_fields(PruneSpec(), pruning, "p_") if pruning else recipe.prune
             if recipe.prune is not None:
-                own = [knob for knob in ("scope", "seed") if knob in given]
+                own = [knob for knob in ("scope", "seed", "order") if knob in given]
                 prune = with_fields(recipe.prune, {knob: _value(given.pop(knob)) for knob in own})
             options = _parse_options(recipe, given) if given else recipe.options
             return replace(

@@ -69,7 +69,7 @@ def retrain_(
     masks     of all layers that were pruned, [N, K] bool, True where a weight is kept (see masks_of)
     batches   token ids int64 [B, T] without padding. A step sees `retrain.batch` of their sequences, at once no more
               tokens than the largest batch has; every epoch in another order, the same for the same seed
-    dense     the model before it was pruned, for by="block"; it is only read
+    dense     the model before it was pruned, for by block or sublayer; it is only read
     Raises ValueError for data or masks that do not fit, when there is nothing to train, and for a loss that is not
     finite; the model is as it was then.
     """
@@ -77,12 +77,12 @@ def retrain_(
     _check_batches(batches, model)
     whole = grouped(model, [group for group in retrain.parts if group not in ADAPTERS])
     choice = Choice(retrain, whole, masked(model, masks))
-    if retrain.by == "block":
+    if retrain.by != "loss":
         _check_dense(model, dense)
         choice = choice.inside(block_names(model))
     groups = choice.groups()
     if not sum(groups.values()):
-        what = "block by block, " if retrain.by == "block" else ""
+        what = "" if retrain.by == "loss" else f"by {retrain.by}, "
         raise ValueError(f"t_groups: {retrain.groups!r}: {what}{type(model).__name__} has nothing of it to train")
     data = Sequences([ids for batch in batches for ids in batch], max(ids.numel() for ids in batches))
     models = [model] if dense is None else [model, dense]

@@ -124,7 +124,7 @@ def _retrained_(
     unfuse_experts_(model)
     if recipe.spec is not None:
         fitting_linears(model, recipe)
-    dense = copy.deepcopy(model) if retrain.by == "block" else None
+    dense = copy.deepcopy(model) if retrain.by != "loss" else None
     prune_(model, pruning_alone(recipe), batches, report)
     made = retrain_(model, retrain, masks_of(model, recipe), retraining, dense)
     note = f"{retrain.groups}: {made.trained:,} of {made.parameters:,} parameters"

@@ -28,6 +28,7 @@ SCOPES = {
 ADAPTERS = ("mask_lora", "scale_lora", "lora")
 GROUPS = ("bias", "norm", "head", "embeddings", *ADAPTERS, "all")
 SOURCES = ("retain", "forget", "text")
+ORDERS = ("unlearn-prune", "prune-unlearn")
 DECAYS = ("linear", "cosine", "constant")
 Tile = tuple[int, int]
 
@@ -206,6 +207,7 @@ class PruneSpec:
     scope      the weights that are compared: of a row (output), of the layer, or of the whole model (global); None: as
                the method's authors have it, the layer, or the row for wanda
     seed       of random
+    order      in an audit: prune-unlearn has the methods unlearn the pruned model, whose zeros they keep
     """
 
     sparsity: float = 0.5
@@ -213,6 +215,7 @@ class PruneSpec:
     pattern: str | None = None
     scope: str | None = None
     seed: int = 0
+    order: str = ORDERS[0]
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.sparsity <= 0.9 or self.sparsity != self.percent / 100:
@@ -229,6 +232,8 @@ class PruneSpec:
             raise ValueError(
                 f"scope: {self.scope!r} does not go with {self.method}; {' or '.join(SCOPES[self.method])}"
             )
+        if self.order not in ORDERS:
+            raise ValueError(f"order: {self.order!r} is not one of {', '.join(ORDERS)}")
         if self.seed < 0 or (self.seed and self.method != "random"):
             raise ValueError(f"seed: {self.seed} does not go with {self.method}; random takes one from 0 on")
 
@@ -253,7 +258,8 @@ class Retrain:
 
     groups    joined by |: bias, norm, head, embeddings; an adapter on every pruned layer, merged into it afterwards:
               mask_lora (W + M * BA), scale_lora (W * BA), lora (W + BA, masked when it is merged); all: every parameter
-    by        loss: of the next token; block: block by block, to the outputs of the dense model (reconstruction)
+    by        loss: of the next token; block: block by block, to the outputs of the dense model (reconstruction);
+              sublayer: that, but a block's attention first, by itself
     source    of the data: text, or rows that were to be retained, or to be forgotten
     sequences, length   of it: how many (None: all rows, or 128 pieces of text), with as many tokens at most
     steps, batch        of each step so many sequences
@@ -283,11 +289,11 @@ class Retrain:
             raise ValueError(f"t_groups: {self.groups!r}; expected each group once, and one adapter at most")
         if "all" in self.parts and len(self.parts) > 1:
             raise ValueError(f"t_groups: {self.groups!r}; all has the others in it")
-        for name, allowed in (("by", ("loss", "block")), ("source", SOURCES), ("decay", DECAYS)):
+        for name, allowed in (("by", ("loss", "block", "sublayer")), ("source", SOURCES), ("decay", DECAYS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"t_{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if self.by == "block" and {"head", "embeddings"} & set(self.parts):
-            raise ValueError(f"t_groups: {self.groups!r}; by block there is no head and there are no embeddings")
+        if self.by != "loss" and {"head", "embeddings"} & set(self.parts):
+            raise ValueError(f"t_groups: {self.groups!r}; by {self.by} there is no head and there are no embeddings")
         for name in ("sequences", "steps", "batch", "rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"t_{name}: {getattr(self, name)} is below 1")

@@ -7,7 +7,7 @@ master of it, which is rounded after every step; one that does not train costs n
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +115,18 @@ class Choice:
 
     def inside(self, places: Sequence[str]) -> Choice:
         """What of it is in these modules."""
+        return self._where(lambda name: within(name, places))
+
+    def outside(self, places: Sequence[str]) -> Choice:
+        """What of it is not."""
+        return self._where(lambda name: not within(name, places))
+
+    def _where(self, wanted: Callable[[str], bool]) -> Choice:
         whole = {
-            group: {name: parameter for name, parameter in named.items() if within(name, places)}
+            group: {name: parameter for name, parameter in named.items() if wanted(name)}
             for group, named in self.whole.items()
         }
-        return Choice(self.retrain, whole, {name: pair for name, pair in self.layers.items() if within(name, places)})
+        return Choice(self.retrain, whole, {name: pair for name, pair in self.layers.items() if wanted(name)})
 
     @property
     def kind(self) -> str | None:

@@ -45,6 +45,7 @@ class MethodConfig:
     floor         share of the changed weights that moves by at least a bin of `against`; the rest goes back (0: off)
     hinge         QUAIL: weight of the hinge, in units of its margin
     experts       UOE: experts that may move, of the whole model
+    keep_zeros    weights that are 0, as a pruned model has them, stay 0
     stop_below    stop when the forget probability is below this (0: off); looked at every check_every steps
     forget_limit, retain_limit   guards: see train.Guards
     """
@@ -86,6 +87,7 @@ class MethodConfig:
     floor: float = 0.0
     hinge: float = 1.0
     experts: int = 1
+    keep_zeros: bool = False
     stop_below: float = 0.0
     check_every: int = 10
     forget_limit: float = 1000.0
@@ -104,6 +106,9 @@ class MethodConfig:
         for name, alone in (("fila", self.fila), ("unmerged", self.unmerged), ("quantized_base", self.quantized_base)):
             if alone and not self.lora_rank:
                 raise ValueError(f"{name}: is about LoRA; set lora_rank")
+        for name, alone in (("unmerged", self.unmerged), ("quantized_base", self.quantized_base)):
+            if alone and self.keep_zeros:
+                raise ValueError(f"keep_zeros: does not go with {name}; an adapter that is merged has the zeros kept")
         if self.quantized_base and self.fila:
             raise ValueError("quantized_base: FILA changes the base's weights, which cannot be done in NF4")
         for name in ("share", "floor", "stop_below"):

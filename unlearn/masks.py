@@ -186,6 +186,29 @@ def _digit(parts: Iterable[Tensor], count: int) -> tuple[int, int]:
     return digit, count - int(at_least[digit] - histogram[digit])
 
 
+class Zeros:
+    """The zeros of a model's matrices, as pruning leaves them: those that there are when this is made.
+
+    Fused experts and embeddings count as matrices; biases and norms do not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        self._zeros = [(matrix, zeros) for matrix in matrices if (zeros := matrix.detach() == 0).any()]
+
+    def hold_gradients_(self) -> None:
+        """Zero the gradients there. Belongs before clipping, from the first step, as `apply_to_gradients_` does."""
+        for matrix, zeros in self._zeros:
+            if matrix.grad is not None:
+                matrix.grad.masked_fill_(zeros.to(matrix.device), 0.0)
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put them back, whatever moved them: an adapter that was merged, a step that follows training."""
+        for matrix, zeros in self._zeros:
+            matrix.masked_fill_(zeros.to(matrix.device), 0.0)
+
+
 def apply_to_gradients_(model: nn.Module, mask: Mask) -> None:
     """Zero every gradient outside the mask, or drop it where a whole parameter is outside.
 

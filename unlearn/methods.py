@@ -149,6 +149,7 @@ class _Job:
     guard: Guard | None = None
     adapted: nn.Module | None = None
     mask_share: float | None = None
+    zeros: masks.Zeros | None = None
 
     def run(self, progress: Progress | None) -> int:
         """Carry it out; returns the number of updates."""
@@ -156,6 +157,8 @@ class _Job:
         # FSDP moves a model part by part, as it may be too large for a device; a quantized one is where it was loaded.
         if self.workers.parallel != "fsdp" and not self.config.quantized_base:
             self.model.to(self.workers.device)
+        if self.config.keep_zeros:
+            self.zeros = masks.Zeros(self.model)
         if self.entry.kind == "training":
             return self._trained(progress)
         if self.workers.world > 1 or self.workers.parallel == "fsdp":
@@ -167,6 +170,7 @@ class _Job:
         if self.entry.kind == "weights":
             layer = None if self.config.layer == -1 else self.config.layer
             redirect_(self.model, self.encoder, forget, retain, layer=layer)
+            self._restore_zeros()
             self.after = self.probabilities(self.model)
             return 0
         make, chosen = BUILDERS[self.entry.objective], self.setup.guard
@@ -190,9 +194,14 @@ class _Job:
         # After the cast: what counts is the code of the weight as it is written.
         if self.config.floor:
             apply_floor_(self.model, start, parse_recipe(self.config.against), self.config.floor)
+        self._restore_zeros()
         if self.workers.parallel != "fsdp":
             self.after = self.probabilities(self.model, done)
         return done
+
+    def _restore_zeros(self) -> None:
+        if self.zeros is not None:
+            self.zeros.restore_()
 
     def _start(self) -> dict[str, Tensor]:
         """A copy of the weights, for the methods whose last step compares with them."""
@@ -222,6 +231,8 @@ class _Job:
         run = Run(model, network, feed, c, self.seed)
         objective = build(self.entry.objective, run)
         self._mask(run, objective)
+        if self.zeros is not None:
+            objective.before_update.append(self.zeros.hold_gradients_)
         objective.after_update += projections
         watch = _Watch(self, network)
         history = fit(
@@ -257,6 +268,7 @@ class _Job:
             "mask": c.mask != "none",
             "floor": c.floor,
             "through": c.through,
+            "keep_zeros": c.keep_zeros,
             self.entry.objective: self.entry.objective in ("bucketed", "uoe", "quail", "task-vector"),
         }
         if self.workers.parallel == "fsdp":

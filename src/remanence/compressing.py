@@ -57,6 +57,8 @@ class Order:
         recipe = self.parsed()
         if recipe.kv is not None:
             raise ValueError("kv: is how a model serves, no part of a checkpoint; an audit measures it")
+        if recipe.unlearned_pruned:
+            raise ValueError("order: here nothing is unlearned; prune, then remanence unlearn --set keep_zeros=true")
         if not recipe.calibrated and recipe.retrain is None:
             for name in ("retain", "forget", "data", "data_dir", "text"):
                 if getattr(self, name) is not None:

@@ -152,6 +152,11 @@ class AuditConfig(BaseModel):
             raise ValueError(f"sequential: {apart[0]} leaves the weights alone, from which the next request starts")
         if self.requests > 1 and self.unlearned:
             raise ValueError("requests: models already unlearned have forgotten everything at once; audit them alone")
+        first = [recipe.name for recipe in self.compressions() if recipe.unlearned_pruned]
+        merged = [name for name in self.methods if settings(name).unmerged]
+        if first and (self.unlearned or merged):
+            why = f"{merged[0]} keeps an adapter apart" if merged else f"{min(self.unlearned)} is unlearned already"
+            raise ValueError(f"recipes: {first[0]} prunes before anything is unlearned, and {why}")
         if self.data_dir and self.data != "tofu":
             raise ValueError(f"data-dir: goes with --data tofu, not with --data {self.data}")
         named = self.data in ("people", "tofu")

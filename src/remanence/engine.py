@@ -21,7 +21,7 @@ import transformers
 
 from . import __version__
 from .backends.cpu import cpu_info
-from .bench.cell import CELL_VERSION, CellScores, Measures, measure_cell
+from .bench.cell import CELL_VERSION, CellScores, Measures, measure_cell, prune_to
 from .bench.document import build_document
 from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
 from .compress.files import read_json, write_json
@@ -154,7 +154,8 @@ class _Run:
         methods = len({*self.config.methods, CONTROL})
         references = 2 if demo or self.config.oracle else 1
         models = references + methods + len(self.config.unlearned)
-        unlearnings = methods * (self.made if self.config.sequential else 1)
+        pruned = len({recipe.pruning for recipe in self._recipes() if recipe.unlearned_pruned})
+        unlearnings = methods * (self.made if self.config.sequential else 1) * (1 + pruned) + pruned
         self.reporter.plan(unlearnings + (references if demo else 0) + models * len(self._recipes()))
 
     def given(self) -> list[Model]:
@@ -190,9 +191,11 @@ class _Run:
         )
         cells = []
         for number, (model, recipe) in enumerate(pairs, 1):
+            unlearned = model.control not in ("baseline", "negative")
+            made = self._unlearned_pruned(model, recipe, measures) if recipe.unlearned_pruned and unlearned else model
             inputs = {
                 "version": STAGE_VERSIONS["cell"],
-                "model": model.digest,
+                "model": made.digest,
                 "target": self.target.digest,
                 "recipe": asdict(recipe),
                 "data": self.corpus.digest(),
@@ -206,13 +209,35 @@ class _Run:
                 "isa": isa(),
             }
 
-            def build(work: Path, model: Model = model, recipe: Any = recipe) -> None:
+            def build(work: Path, model: Model = made, recipe: Any = recipe) -> None:
                 scores = measure_cell(model.path, self.target.path, recipe, self.corpus, work, measures)
                 write_json(work / "scores.json", scores)
 
             path = self._stage("cell", f"measure {model.name} {recipe} ({number}/{len(pairs)})", inputs, build)
             cells.append(CellScores(model.name, model.control, recipe, read_json(path / "scores.json")))
         return cells
+
+    def _unlearned_pruned(self, model: Model, recipe: Recipe, measures: Measures) -> Model:
+        """`model` as it is when the target is pruned before it is unlearned."""
+        pruning = recipe.pruning
+        inputs = {
+            "version": STAGE_VERSIONS["cell"],
+            "target": self.target.digest,
+            "recipe": asdict(pruning),
+            "data": self.corpus.digest(),
+            "text": _content(self.config.text) if pruning.calibrated else None,
+            "seed": self.config.seed,
+            "torch": torch.__version__,
+        }
+
+        def build(work: Path) -> None:
+            prune_to(self.target.path, pruning, self.corpus, work, measures)
+
+        try:
+            path = self._stage("prune", f"prune target {pruning}", inputs, build)
+        except ValueError:
+            return model  # its cell says why it cannot be pruned
+        return self._unlearn(model.name, model.control, Model("target", str(path), path.name))
 
     def demo(self) -> dict[str, Any]:
         """What the demo models learned; empty for given models."""
@@ -251,20 +276,25 @@ class _Run:
         known = directory_digest(Path(path)) if Path(path).is_dir() else digest(path)
         return Model(name, str(Path(path).resolve()) if Path(path).is_dir() else path, known, control)
 
-    def _unlearn(self, method: str, control: str | None) -> Model:
-        """The target without what was asked to be forgotten so far: at once, or request by request."""
-        model = self.target
+    def _unlearn(self, method: str, control: str | None, pruned: Model | None = None) -> Model:
+        """The target without what was asked to be forgotten so far: at once, or request by request.
+
+        pruned   what to begin with in its place, and whose zeros are to be kept
+        """
+        model = pruned or self.target
         rest = set(self.whole.forget)
         for made in range(1 if self.config.sequential else self.made, self.made + 1):
             so_far = forgetting_first(self.whole, self.config.requests, made)
             corpus = replace(so_far, forget=tuple(row for row in so_far.forget if row in rest))
             rest = set(so_far.retain)
             label = f"unlearn {method}" + (f", request {made} of {self.made}" if self.config.sequential else "")
-            model = self._unlearned(method, control, model, corpus, label)
+            config = replace(self._method_config(method), keep_zeros=pruned is not None)
+            model = self._unlearned(method, control, model, corpus, config, label + (", pruned" if pruned else ""))
         return model
 
-    def _unlearned(self, method: str, control: str | None, start: Model, corpus: Corpus, label: str) -> Model:
-        config = self._method_config(method)
+    def _unlearned(
+        self, method: str, control: str | None, start: Model, corpus: Corpus, config: MethodConfig, label: str
+    ) -> Model:
         guard = DEMO_GUARDS.get(METHODS[method].objective, {}) if self.config.model == "demo" else {}
         inputs = {
             "version": STAGE_VERSIONS["unlearn"],

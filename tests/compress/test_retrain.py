@@ -195,13 +195,14 @@ CASES += [(arch, groups, "loss") for arch in ("opt", "gpt2", "mixtral") for grou
 CASES += [("gpt2", "scale_lora", "loss"), ("opt", "head|embeddings", "loss")]
 CASES += [("llama", groups, "block") for groups in ("all", "lora")]
 CASES += [(arch, "bias|norm|mask_lora", "block") for arch in ("opt", "gpt2", "mixtral")]
+CASES += [("llama", "all", "sublayer"), ("opt", "bias|norm|scale_lora", "sublayer")]
 
 
 @pytest.mark.parametrize(("arch", "groups", "by"), CASES)
 def test_exactly_the_masked_weights_are_zero(arch, groups, by, pruned):
     dense, model, masks = pruned(arch)
     before = state(model)
-    found = retrain_(model, Retrain(groups, by=by, **SHORT), masks, BATCHES, dense if by == "block" else None)
+    found = retrain_(model, Retrain(groups, by=by, **SHORT), masks, BATCHES, None if by == "loss" else dense)
     for name, mask in masks.items():
         assert torch.equal(weight(model, name) == 0, ~mask), name
         assert not torch.signbit(weight(model, name)[~mask]).any()
@@ -421,8 +422,62 @@ def raw_output(model, index):
     return kept[0].double()
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2", "mixtral"])
-def test_reconstruction_comes_nearer_to_the_dense_model(arch, pruned):
+# What runs until the first block's attention has put out something.
+EARLY = {
+    "llama": ("model.layers.0.input_layernorm.", "model.layers.0.self_attn."),
+    "opt": ("model.decoder.layers.0.self_attn_layer_norm.", "model.decoder.layers.0.self_attn."),
+    "gpt2": ("transformer.h.0.ln_1.", "transformer.h.0.attn."),
+    "mixtral": ("model.layers.0.input_layernorm.", "model.layers.0.self_attn."),
+}
+
+
+@pytest.mark.parametrize("arch", EARLY)
+def test_by_sublayer_attention_learns_first(arch, pruned):
+    dense, model, masks = pruned(arch)
+    before = copy.deepcopy(model)
+    attention = EARLY[arch][1].removesuffix(".")
+    kept = []
+    for of in (before, dense):
+        handle = of.get_submodule(attention).register_forward_hook(lambda _, __, out: kept.append(out[0].double()))
+        with torch.no_grad():
+            of(IDS)
+        handle.remove()
+    seen = {}
+
+    def look(done, steps, _text):
+        assert steps == 4 * 5  # two blocks of two halves
+        seen[done] = changed(state(before), model)
+
+    found = retrain_(model, Retrain("all", by="sublayer", steps=5, batch=8), masks, [IDS], dense, look)
+    assert found.losses[0] == pytest.approx(
+        float((kept[0] - kept[1]).square().sum() / kept[1].square().sum()), rel=1e-4
+    )
+    assert found.losses[4] < found.losses[0]
+    assert seen[5]
+    assert all(name.startswith(EARLY[arch]) for name in seen[5])
+    block = block_names(model)[0]
+    later = {name for name in seen[10] - seen[5] if name.startswith(block)}
+    assert later
+    assert not any(name.startswith(EARLY[arch]) for name in later)
+    assert all(name.startswith(block) for name in seen[10])
+
+
+def test_by_sublayer_needs_an_attention_of_its_own(pruned):
+    dense, model, masks = pruned("llama")
+    for of in (dense, model):
+        for layer in of.model.layers:
+            layer.mixer = layer.self_attn
+            del layer.self_attn
+    masks = {name.replace("self_attn", "mixer"): mask for name, mask in masks.items()}
+    with pytest.raises(ValueError, match=r"t_by: sublayer: model\.layers\.0 has 0 attentions"):
+        retrain_(model, Retrain("all", by="sublayer", **SHORT), masks, BATCHES, dense)
+
+
+@pytest.mark.parametrize(
+    ("arch", "by"),
+    [*((arch, "block") for arch in ("llama", "opt", "gpt2", "mixtral")), ("opt", "sublayer"), ("mixtral", "sublayer")],
+)
+def test_reconstruction_comes_nearer_to_the_dense_model(arch, by, pruned):
     dense, model, masks = pruned(arch)
     batches = [IDS[:, :9], IDS]
 
@@ -431,8 +486,8 @@ def test_reconstruction_comes_nearer_to_the_dense_model(arch, pruned):
 
     before = off(model)
     knobs = {"steps": 15, "batch": 8, "learning_rate": 1e-2, "rank": 8}
-    found = retrain_(model, Retrain("bias|norm|mask_lora", by="block", **knobs), masks, batches, dense)
-    assert len(found.losses) == 30
+    found = retrain_(model, Retrain("bias|norm|mask_lora", by=by, **knobs), masks, batches, dense)
+    assert len(found.losses) == (30 if by == "block" else 60)
     assert off(model) < 0.8 * before
 
 

@@ -89,6 +89,14 @@ G64, ASYM = QuantSpec(4, 64), QuantSpec(4, 64, symmetric=False)
             Recipe("sparsegpt", None, prune=PruneSpec(0.5, "sparsegpt", "4:8"), calibration=Calibration(text=9)),
         ),
         ("random-s40+scope=row+seed=3", Recipe("random", None, prune=PruneSpec(0.4, "random", scope="row", seed=3))),
+        (
+            "wanda-s50+order=prune-unlearn",
+            Recipe("wanda", None, prune=PruneSpec(0.5, "wanda", order="prune-unlearn")),
+        ),
+        (
+            "rtn-w4a16-g64+p_sparsity=0.5+p_order=prune-unlearn",
+            Recipe("rtn", G64, prune=PruneSpec(0.5, order="prune-unlearn")),
+        ),
         ("magnitude-s40+scope=global", Recipe("magnitude", None, prune=PruneSpec(0.4, scope="global"))),
         (
             "wanda-s50+t_groups=bias|norm+t_source=retain+t_steps=7",
@@ -177,6 +185,7 @@ def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
         ("wanda-3:4", "pattern: 3:4 is not one of 2:4, 4:8"),
         ("sparsegpt-s50+scope=global", "scope: 'global' does not go with sparsegpt"),
         ("wanda-2:4+scope=row", "scope: 'row' does not go with the pattern 2:4"),
+        ("wanda-s50+order=first", "order: 'first' is not one of unlearn-prune, prune-unlearn"),
         ("wanda-s50+p_sparsity=0.3", "p_sparsity: goes with integer weights"),
         ("gptq-w4a16-g64+p_method=sparsegbt", "prune method: 'sparsegbt' is not one of"),
         ("gptq-w4a16-g64+p_sparsity=0.3+p_pattern=2:4", "sparsity: 0.3 does not go with the pattern 2:4"),
@@ -185,7 +194,7 @@ def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
         ("wanda-s50+t_groups=bias|biases", "t_groups: 'biases' is not one of"),
         ("wanda-s50+t_groups=lora|mask_lora", "one adapter at most"),
         ("wanda-s50+t_groups=all|bias", "all has the others in it"),
-        ("wanda-s50+t_groups=bias+t_by=layer", "t_by: 'layer' is not one of loss, block"),
+        ("wanda-s50+t_groups=bias+t_by=layer", "t_by: 'layer' is not one of loss, block, sublayer"),
         ("wanda-s50+t_groups=bias+t_steps=0", "t_steps: 0 is below 1"),
         ("wanda-s50+t_groups=head+t_by=block", "by block there is no head"),
         ("rtn-w4a16-g64+w5=fc1", "w5: rtn has no such knob"),

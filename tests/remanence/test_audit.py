@@ -20,6 +20,7 @@ from remanence.unlearn.layers import forward
 from remanence.unlearn.losses import nll
 from remanence.unlearn.people import people_corpus
 from remanence.unlearn.train import Objective, Schedule, Term, fit
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from remanence.report import show_evaluation
@@ -245,6 +246,27 @@ def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
     assert {found["retrained", recipe] for recipe in ("dense", "rtn-w4a16-g64-plain")} == {"held"}
 
 
+@pytest.mark.slow
+def test_pruning_first(cache, tmp_path):
+    """What is unlearned after pruning starts from the pruned target and keeps its zeros; the target is the same."""
+    plain, first = "wanda-s50", "wanda-s50+order=prune-unlearn"
+    done = remanence("audit", *SMALL[:4], f"--recipes={plain},{first}", "--cache", cache, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    cells = {(c["method"], c["recipe"]): c for c in json.loads((tmp_path / "audit.json").read_text())["cells"]}
+    for model in ("target", "oracle"):
+        assert cells[model, plain]["forget"] == cells[model, first]["forget"]
+    assert cells["npo", plain]["forget"] != cells["npo", first]["forget"]
+    stages = [(path.parent, json.loads(path.read_text())) for path in cache.glob("*/*/manifest.json")]
+    (pruned,) = [path for path, stage in stages if stage["stage"] == "prune"]
+    kept = {stage["inputs"]["method"]: path for path, stage in stages if stage["inputs"].get("target") == pruned.name}
+    assert kept.keys() == {"npo", "bucketed"}
+    start, npo = (load_file(path / "model.safetensors") for path in (pruned, kept["npo"]))
+    layers = [name for name in start if name.endswith("_proj.weight")]
+    assert all(torch.equal(start[name] == 0, npo[name] == 0) for name in layers)
+    assert all((start[name] == 0).sum() == start[name].numel() // 2 for name in layers)
+    assert any((start[name] != npo[name]).any() for name in layers)
+
+
 def test_a_recipe_that_a_model_cannot_take_is_a_failed_cell(cache, tmp_path):
     """192 input features do not divide into groups of 80."""
     done = remanence("audit", *SMALL[:4], "--recipes=rtn-w4a16-g80-plain", "--cache", cache, "--out", tmp_path)
@@ -433,6 +455,16 @@ def test_report_shows_an_audit_again(audited, tmp_path):
         (["audit", "--model", "{m}", "--forget", "{tmp}/bad", "--retain", "{r}"], 2, "bad:2: not JSON"),
         (["audit", "--unlearned", "x"], 2, "'x' is not of the form NAME=DIR"),
         (["audit", "--unlearned", "x={tmp}/none"], 2, "none: no such model directory"),
+        (
+            ["audit", "--unlearned", "x={m}", "--recipes", "wanda-s50+order=prune-unlearn"],
+            2,
+            "prunes before anything is unlearned, and x is unlearned already",
+        ),
+        (
+            ["compress", "{m}", "--recipe", "wanda-s50+order=prune-unlearn", "--out", "{tmp}/o"],
+            2,
+            "order: here nothing is unlearned",
+        ),
         (["audit", "--bogus"], 2, "No such option: --bogus"),
         (["audit", "--out", "{f}"], 2, "is a file; a directory is needed"),
         (["audit", "--out", "/proc/nothing"], 2, "out: cannot write to /proc"),
