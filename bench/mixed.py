@@ -11,17 +11,16 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compress.agreement import agreements
 from ..compress.allocate import allocate, threshold, total
 from ..compress.checkpoint import load_model, save_model
 from ..compress.recipe import Recipe, parse_recipe
@@ -292,17 +291,8 @@ def compared(
         found = {name: sensitivities(model, measure, data, recipe, BITS, seed) for name, data in batches.items()}
         chosen = {name: allocate(of.costs, bits, room, (), WIDTHS, "bits") for name, of in found.items()}
         row: dict[str, Any] = {"measure": measure, "layers": len(bits)}
-        for a, b in combinations(asked, 2):
-            row[f"{a}_{b}"] = rank_correlation(found[a].scores, found[b].scores)
-        for a, b in combinations(asked, 2):
-            row[f"{a}_{b}_other_width"] = sum(chosen[a][name] != chosen[b][name] for name in bits) / len(bits)
+        pairs = agreements({name: of.scores for name, of in found.items()}, chosen)
+        row |= {f"{a}_{b}": pair.rank_correlation for (a, b), pair in pairs.items()}
+        row |= {f"{a}_{b}_other_width": pair.other_width for (a, b), pair in pairs.items()}
         rows.append(told(row))
     return rows
-
-
-def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
-    """Spearman's, ties at their mean rank; None where one of them has no order at all."""
-    x, y = (rankdata([scores[name] for name in a]) for scores in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    size = float((x @ x) * (y @ y)) ** 0.5
-    return float(x @ y) / size if size else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import takewhile
 from math import floor
@@ -20,6 +20,7 @@ from .errors import UsageError
 from .unlearn.data import QA, running_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,6 +48,7 @@ class Order:
     widths        to choose from; None: all that the target runs, or 16, 8 and 4 with the threshold rule
     fuse          layers that engines join have one width
     calibration   of what it is measured on; None: the recipe's own, or so many rows to retain, or windows of the text
+    compare       other such data, with which all is done again, to say how much hangs on the choice
     retain, forget, data, data_dir, text   as `remanence compress` has them
     Raises ValueError or FileNotFoundError that names the option.
     """
@@ -61,6 +63,7 @@ class Order:
     target: str = "remanence"
     fuse: bool = True
     calibration: str | None = None
+    compare: tuple[str, ...] = ()
     retain: str | None = None
     forget: str | None = None
     data: str | None = None
@@ -84,8 +87,12 @@ class Order:
             raise ValueError(f"retain: {self.retain} beside data: {self.data}, which has such rows; give one of them")
         if self.data is None and self.data_dir is not None:
             raise ValueError(f"data_dir: {self.data_dir} goes with --data tofu")
+        if self.compare and self.measure == "random":
+            raise ValueError("compare: random looks at no data")
         self.parsed()
         self.asked()
+        for name in self.compare:
+            parse_calibration(name)
         local_model(self.model)
 
     def parsed(self) -> Recipe:
@@ -133,7 +140,7 @@ def allocate(
     widths = _widths(order, recipe, target)
     directory = local_directory(order.model)
     skeleton(directory)  # refuses what is quantized already
-    batches = _batches(order, directory, load_tokenizer(directory)) if order.measure != "random" else []
+    data = {} if order.measure == "random" else _data(order, directory, load_tokenizer(directory))
     model = load_model(directory)
     unfuse_experts_(model)
     stored = sizes(model, recipe, widths)
@@ -141,11 +148,14 @@ def allocate(
     start = time.perf_counter()
     assert recipe.spec is not None
     narrow = sorted({*widths, recipe.spec.bits} - {DENSE_WIDTH})
-    found = sensitivities(model, order.measure, batches, recipe, narrow, order.seed, progress)
+    looks: dict[str, Sensitivity] = {}
+    for name, batches in (data or {"": []}).items():
+        looks[name] = found = sensitivities(model, order.measure, batches, recipe, narrow, order.seed, progress)
+        if found.unseen:
+            say(f"{len(found.unseen)} layers were reached by no token of {name}, first {found.unseen[0]}: not measured")
     measured_s = time.perf_counter() - start
-    if found.unseen:
-        say(f"{len(found.unseen)} layers were reached by no token of the data, first {found.unseen[0]}: not measured")
-    chosen, used = _choose(order, model, recipe, found, widths, tied, say)
+    chosen_by = _choose(order, model, recipe, looks, widths, tied, say)
+    (found, *_), ((chosen, used), *_) = looks.values(), chosen_by.values()
     made = mixed(recipe, chosen)
     bits, count = code_bits(model, recipe, widths), weights(model, recipe)
     _vacant(out)
@@ -166,7 +176,17 @@ def allocate(
         "allowed": order.budget,
         "used": used,
         "measured_s": measured_s,
+        "data": next(iter(data), None),
+        "compared": _compared(looks, {name: widths for name, (widths, _) in chosen_by.items()}),
     }
+
+
+def _compared(looks: Mapping[str, Sensitivity], widths: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """Every two kinds of data, and how far what was measured on them agrees."""
+    from .compress.agreement import agreements
+
+    pairs = agreements({name: found.scores for name, found in looks.items()}, widths)
+    return [{"data": list(pair), **asdict(agreement)} for pair, agreement in pairs.items()]
 
 
 def _layer(name: str, width: int, found: Sensitivity, size: int) -> dict[str, Any]:
@@ -203,21 +223,24 @@ def _choose(
     order: Order,
     model: PreTrainedModel,
     recipe: Recipe,
-    found: Sensitivity,
+    looks: Mapping[str, Sensitivity],
     widths: Sequence[int],
     tied: Sequence[Sequence[str]],
     say: Callable[[str], None],
-) -> tuple[dict[str, int], float | None]:
-    """(widths of all layers, how much of the budget they take, as the order counts it)."""
+) -> dict[str, tuple[dict[str, int], float | None]]:
+    """By look: widths of all layers, and how much of the budget they take, as the order counts it."""
     from .compress import allocate as rules
 
     if order.rule == "threshold":
-        return rules.together(rules.threshold(found.scores, widths), tied), None
+        return {name: (rules.together(rules.threshold(of.scores, widths), tied), None) for name, of in looks.items()}
     taken, per_unit = _budget(order.unit, model, recipe, widths, say)
     # As it was written: 4.35 times 100 is 435.
     room = floor(Fraction(str(order.budget)) * Fraction(per_unit))
-    chosen = rules.allocate(found.costs, taken, room, tied, widths, order.unit, per_unit)
-    return chosen, rules.total(chosen, taken) / per_unit
+    found = {}
+    for name, of in looks.items():
+        chosen = rules.allocate(of.costs, taken, room, tied, widths, order.unit, per_unit)
+        found[name] = chosen, rules.total(chosen, taken) / per_unit
+    return found
 
 
 def _budget(
@@ -241,8 +264,8 @@ def _budget(
     return bits, weights(model, recipe)
 
 
-def _batches(order: Order, directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """What it is measured on."""
+def _data(order: Order, directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Tensor]]:
+    """What it is measured on, and what that is to be compared with, by name."""
     from transformers import AutoConfig
 
     from .compress.checkpoint import longest
@@ -262,7 +285,8 @@ def _batches(order: Order, directory: Path, tokenizer: PreTrainedTokenizerBase) 
             calibration = Calibration(text=_SEQUENCES)
         else:
             raise UsageError(f"calibration: {order.measure} needs data; give --text FILE, --retain FILE, or --data")
-    return calibration_batches(calibration, encoder, rows, text, order.seed)
+    asked = {found.name: found for found in (calibration, *map(parse_calibration, order.compare))}
+    return {name: calibration_batches(found, encoder, rows, text, order.seed) for name, found in asked.items()}
 
 
 def show_allocation(made: dict[str, Any], file: IO[str]) -> None:
@@ -285,6 +309,8 @@ def show_allocation(made: dict[str, Any], file: IO[str]) -> None:
         table.add_row(name, f"{layer['score']:.3e}", *noise, str(layer["width"]), f"{layer['bytes']:,}")
     console = Console(file=file)
     console.print(table)
+    if made["compared"]:
+        console.print(_comparison(made["compared"]))
     console.print(
         f"{made['bytes']:,} bytes in these layers ({made['dense_bytes']:,} dense), {made['average_bits']:.4f} bits a "
         f"weight, {made['average_stored_bits']:.4f} with scales and zero points",
@@ -295,3 +321,17 @@ def show_allocation(made: dict[str, Any], file: IO[str]) -> None:
         console.print(
             f"budget: {made['used']:.9g} of {made['allowed']:.9g} {made['unit']} used", highlight=False, soft_wrap=True
         )
+
+
+def _comparison(pairs: Sequence[Mapping[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="how much hangs on the data", title_justify="left")
+    for name in ("measured on", "and on"):
+        table.add_column(name, overflow="fold")
+    for name in ("rank correlation of scores", "layers of another width"):
+        table.add_column(name, justify="right")
+    for pair in pairs:
+        rank = pair["rank_correlation"]
+        table.add_row(*pair["data"], "" if rank is None else f"{rank:.3f}", f"{pair['other_width']:.0%}")
+    return table

@@ -342,6 +342,9 @@ def allocate(
     calibration: Annotated[
         str | None, typer.Option(help="What is measured on: retain:64,forget:32,text:128,length:512.")
     ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Other such data: how much hangs on the choice; repeatable.")
+    ] = None,
     retain: Annotated[str | None, typer.Option(help="A file of rows to keep.")] = None,
     forget: Annotated[str | None, typer.Option(help="A file of rows; forgetNN with --data.")] = None,
     data: Annotated[str | None, typer.Option(help="tofu or people: retain and forget rows of that data.")] = None,
@@ -369,6 +372,7 @@ def allocate(
         target=target,
         fuse=fuse,
         calibration=calibration,
+        compare=tuple(compare or ()),
         retain=retain,
         forget=forget,
         data=data,

@@ -97,16 +97,6 @@ def test_sources_are_compared(memorized):
     assert row["retain_forget"] > 0.5
 
 
-def test_rank_correlation():
-    a = {"x": 1.0, "y": 2.0, "z": 9.0, "w": 9.0}
-    assert mixed.rank_correlation(a, {name: value**3 for name, value in a.items()}) == pytest.approx(1)
-    assert mixed.rank_correlation(a, {name: -value for name, value in a.items()}) == pytest.approx(-1)
-    # Ranks 1, 2, 3.5, 3.5 and 2, 1, 3, 4: covariance 3.75 (from means of 2.5), squares 4.5 and 5.
-    other = {"w": 8.0, "z": 7.0, "y": 3.0, "x": 4.0}
-    assert mixed.rank_correlation(a, other) == pytest.approx(3.5 / (4.5 * 5) ** 0.5)
-    assert mixed.rank_correlation(a, dict.fromkeys(a, 1.0)) is None
-
-
 def test_unknown_parts_and_measures_are_refused():
     assert frame.BENCHES["mixed"][0] == "mixed"
     with pytest.raises(ValueError, match="parts: 'speed' is not one of quality, sources"):

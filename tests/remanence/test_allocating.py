@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from itertools import combinations
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from remanence.compress.widths import fused, sizes
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
 
-from remanence.allocating import Order, _batches, allocate, show_allocation
+from remanence.allocating import Order, _data, allocate, show_allocation
 from remanence.compressing import Order as CompressOrder
 from remanence.compressing import compress
 from remanence.errors import UsageError
@@ -93,13 +94,44 @@ def test_scores_are_those_of_the_measure_on_the_data(model, files, tmp_path):
     asked = order(model, files, measure="pmpq", calibration="retain:4", retain=str(files / "retain.jsonl"), text=None)
     made = allocate(asked, tmp_path / "a.yaml", say=str)
 
-    batches = _batches(asked, files / "model", load_tokenizer(model))
+    assert made["data"] == "retain:4"
+    assert made["compared"] == []
+    batches = _data(asked, files / "model", load_tokenizer(model))["retain:4"]
     assert sum(len(batch) for batch in batches) == 4
     expected = sensitivities(load_model(model), "pmpq", batches, read_recipe(NAME))
     for layer in made["layers"]:
         assert layer["score"] == pytest.approx(expected.scores[layer["name"]], rel=1e-6)
         assert layer["cost"] == pytest.approx(expected.costs[layer["name"]][layer["width"]], rel=1e-6)
         assert layer["noise"] == pytest.approx(expected.noise[layer["name"]], rel=1e-6)
+
+
+def test_what_hangs_on_the_data(model, files, tmp_path):
+    """Each choice is what it would be by itself."""
+    rows = str(files / "retain.jsonl")
+    names = ("text:6,length:32", "retain:4", "forget:5")
+    made = allocate(
+        order(model, files, measure="tdmpq", calibration=names[0], compare=names[1:], retain=rows, forget=rows),
+        tmp_path / "a.yaml",
+        say=str,
+    )
+    assert made["data"] == names[0]
+    alone = {
+        name: allocate(
+            order(model, files, measure="tdmpq", calibration=name, retain=rows, forget=rows),
+            tmp_path / f"{i}.yaml",
+            say=str,
+        )
+        for i, name in enumerate(names)
+    }
+    assert widths_of(made) == widths_of(alone[names[0]])
+    assert [pair["data"] for pair in made["compared"]] == [list(pair) for pair in combinations(names, 2)]
+    for pair in made["compared"]:
+        a, b = (widths_of(alone[name]) for name in pair["data"])
+        assert pair["other_width"] == sum(a[layer] != b[layer] for layer in a) / len(a)
+        assert -1 <= pair["rank_correlation"] <= 1
+    shown = io.StringIO()
+    show_allocation(made, shown)
+    assert "how much hangs on the data" in shown.getvalue()
 
 
 def test_budgets_of_every_unit(model, files, tmp_path):
@@ -182,6 +214,8 @@ def test_a_recipe_keeps_its_own_data_and_is_not_overwritten(model, files, tmp_pa
         ({"recipe": "wanda-s50"}, "recipe: 'wanda-s50' has no integer weights"),
         ({"recipe": "rtn-w4a16+w8=down_proj"}, "has widths already; give it without"),
         ({"calibration": "web:3"}, "'web' is not one of"),
+        ({"compare": ("retain:4", "web:3")}, "'web' is not one of"),
+        ({"compare": ("retain:4",), "measure": "random"}, "compare: random looks at no data"),
         ({"data": "people", "retain": "r"}, "retain: r beside data: people"),
         ({"data_dir": "d"}, "data_dir: d goes with --data tofu"),
     ],
