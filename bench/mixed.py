@@ -34,9 +34,8 @@ from ..unlearn.data import Corpus
 from ..unlearn.demo import DemoConfig, byte_bpe, demo_tokenizer, train_demo
 from ..unlearn.encode import Encoder
 from ..unlearn.people import people_corpus
-from . import ptq_quality
 from .perplexity import perplexity
-from .ptq_quality import HELD_OUT, LEARNED, told, trained, windows
+from .ptq_quality import HELD_OUT, told, trained, windows
 from .ptq_recovery import FORGET, PEOPLE
 from .texts import texts
 
@@ -47,8 +46,10 @@ RANDOM_SEEDS = (0, 1, 2)
 # CPTQuant's own measures, whose threshold rule is beside the program at the average that it comes to.
 PAPER = ("cmpq", "pmpq", "tdmpq")
 DEFAULT = "tdmpq"  # of `remanence allocate`
-# Of two decoder layers, canonical correlations say the same.
-SHAPE = replace(ptq_quality.SHAPE, layers=4)
+SHAPE = DemoConfig(
+    vocab_size=1024, hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, max_length=256
+)
+EPOCHS = 6
 SEQUENCES, LENGTH = 64, 256
 WIDTHS = (*BITS, DENSE_WIDTH)
 Windows = tuple[list[float], list[int]]  # nats and tokens, by window of held-out text
@@ -60,7 +61,7 @@ def run(
     methods: tuple[str, ...] = (),
     parts: tuple[str, ...] = PARTS,
     shape: DemoConfig = SHAPE,
-    epochs: int = 2,
+    epochs: int = EPOCHS,
 ) -> tuple[list[dict], list[dict]]:
     """(rows, checks).
 
@@ -74,7 +75,7 @@ def run(
     for measure in methods:
         if measure not in MEASURES:
             raise ValueError(f"methods: {measure!r} is not one of {', '.join(MEASURES)}")
-    learned, held_out = texts(data_dir)
+    learned, held_out = texts(data_dir, more=True)
     rows: list[dict] = []
     checks: list[dict] = []
     if "quality" in parts:
@@ -111,7 +112,7 @@ def quality(
     measuring_s    of measuring sensitivities, once for all rows of a measure
     """
     tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
-    learned, held_out = learned[:LEARNED], held_out[:HELD_OUT]
+    held_out = held_out[:HELD_OUT]
     target = place / "model"
     length = min(LENGTH, shape.max_length)
     batches = windows(tokenizer, learned, length, SEQUENCES, seed)

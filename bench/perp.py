@@ -21,15 +21,15 @@ def run(
 ) -> tuple[list[dict], list[dict]]:
     """(rows, checks).
 
-    data_dir   a directory with WikiText-2's valid.txt (to train, to prune and to retrain on) and test.txt (held out);
-               None: the generated people's texts
+    data_dir   a directory with WikiText-2's valid.txt and test.txt, of which a part is held out; None: the generated
+               people's texts
     methods    pruners of the quality table; all when empty
     parts      of PARTS
     """
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"parts: {part!r} is not one of {', '.join(PARTS)}")
-    learned, held_out = texts(data_dir)
+    learned, held_out = texts(data_dir, more=True)
     rows: list[dict] = []
     checks: list[dict] = []
     if "quality" in parts:

@@ -1,7 +1,8 @@
 """What retraining gives back to a pruned language model, by pruner, by sparsity and by what is retrained.
 
 The model is OPT's architecture, which has every group that there is: biases, LayerNorms with both parameters, a head
-that is made apart from the embedding. It is trained here, pruned, and retrained on the text that it was trained on.
+that is made apart from the embedding. It is trained here, pruned, and retrained on the text that it was trained on. Its
+features start with scales that differ, as those of large models come to do: what Wanda looks at beyond magnitudes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +23,20 @@ from ..compress.sequential import compress_
 from ..compress.spec import Retrain
 from ..compress.walk import linears, weight_of
 from ..unlearn.demo import DemoConfig, byte_bpe
-from . import ptq_quality
 from .perplexity import perplexity
-from .ptq_quality import HELD_OUT, LEARNED, told, trained, windows
+from .ptq_quality import HELD_OUT, told, trained, windows
 
-SHAPE = replace(ptq_quality.SHAPE, arch="opt")
+SHAPE = DemoConfig(
+    arch="opt", vocab_size=1024, hidden_size=128, intermediate_size=512, layers=4, heads=4, kv_heads=4, max_length=256
+)
+# Of the logarithm of the norms' gains: the largest of 128 is about 12 times the median.
+GAINS = 1.0
 PRUNERS = ("random", "magnitude", "wanda", "sparsegpt")
 LEVELS = ("s50", "s60", "s70", "2:4")
 # What PERP's authors retrain, at every level; each group by itself where differences are large.
 PERP = "bias|norm|mask_lora"
 GROUPS = ("bias", "norm", "bias|norm", "head", "embeddings", "mask_lora", "scale_lora", "lora", PERP, "all")
-BLOCKS = (PERP, "all")
+RECONSTRUCTED = tuple((groups, by) for by in ("block", "sublayer") for groups in (PERP, "all"))
 APART = "wanda-s70"
 # The pruners that are retrained at every level, and whose order is known from their papers.
 ORDER = ("sparsegpt", "wanda", "magnitude")
@@ -66,7 +70,7 @@ def run(
 ) -> tuple[list[dict], list[dict]]:
     """(rows, checks). A row is one pruned model, or one that was retrained.
 
-    retrained    groups; "block: " before them: by reconstruction; "": as it was pruned
+    retrained    groups; before them "block: " or "sublayer: ": by reconstruction; "": as it was pruned
     perplexity   on held-out text
     gap_closed   (pruned - retrained) / (pruned - dense), of perplexities; above 1 where training on helps more than
                  pruning hurt, which the dense model, trained on as long, shows
@@ -78,8 +82,8 @@ def run(
         if name not in PRUNERS:
             raise ValueError(f"methods: {name!r} is not one of {', '.join(PRUNERS)}")
     tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
-    learned, held_out = learned[:LEARNED], held_out[:HELD_OUT]
-    dense = untied_(trained(tokenizer, learned, seed, shape, epochs))
+    held_out = held_out[:HELD_OUT]
+    dense = untied_(trained(tokenizer, learned, seed, shape, epochs, GAINS))
     length = min(LENGTH, shape.max_length)
     some, every = (windows(tokenizer, learned, length, count, seed) for count in (SEQUENCES, len(learned)))
     made = _Made(dense, tokenizer, held_out, some, every, length, steps, seed)
@@ -89,7 +93,7 @@ def run(
             name = f"{pruner}-{level}"
             wanted = [(PERP, "loss")] if pruner in ORDER else []
             if name == apart:
-                wanted = [(chosen, "loss") for chosen in groups] + [(chosen, "block") for chosen in BLOCKS]
+                wanted = [(chosen, "loss") for chosen in groups] + list(RECONSTRUCTED)
             rows += made.rows(name, wanted)
     return rows, checks(rows)
 
@@ -142,12 +146,12 @@ class _Made:
         for groups, by in wanted:
             model = copy.deepcopy(pruned)
             # Reconstruction keeps what flows between blocks.
-            dense, batches = (self.dense, self.some) if by == "block" else (None, self.every)
+            dense, batches = (None, self.every) if by == "loss" else (self.dense, self.some)
             found = retrain_(model, knobs(groups, by, steps=self.steps, seed=self.seed), masks, batches, dense)
             value = self.perplexity(model)
             row = {
                 "recipe": name,
-                "retrained": groups if by == "loss" else f"block: {groups}",
+                "retrained": groups if by == "loss" else f"{by}: {groups}",
                 "perplexity": value,
                 "gap_closed": (worst - value) / (worst - self.best),
                 "trained": found.trained / found.parameters,

@@ -164,10 +164,18 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: i
 
 
 def trained(
-    tokenizer: PreTrainedTokenizerBase, text: str, seed: int, shape: DemoConfig, epochs: int
+    tokenizer: PreTrainedTokenizerBase, text: str, seed: int, shape: DemoConfig, epochs: int, gains: float = 0
 ) -> PreTrainedModel:
-    """A language model of `shape`, trained from scratch on the text."""
+    """A language model of `shape`, trained from scratch on the text.
+
+    gains   the norms' weights, the features' scales, start log-normal with this deviation, in place of 1
+    """
     model = demo_model(shape, tokenizer, seed).train()
+    drawn = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1:
+            weight.data.copy_(torch.randn(weight.shape, generator=drawn).mul(gains).exp())
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     windows = ids[: len(ids) // shape.max_length * shape.max_length].view(-1, shape.max_length)
     generator = torch.Generator().manual_seed(seed)

@@ -89,6 +89,10 @@ def test_texts(real_data):
     assert len(learned) > 5 * len(held_out) > 10_000
     learned, held_out = texts(str(real_data("wikitext-2", "test.txt").parent))
     assert len(learned) > 1_000_000 < len(held_out)
+    more, rest = texts(str(real_data("wikitext-2", "test.txt").parent), more=True)
+    assert more.startswith(learned)
+    assert more[len(learned) :] + rest == held_out
+    assert len(rest) > 400_000
     with pytest.raises(FileNotFoundError, match=r"nowhere/valid\.txt: no such file"):
         texts("nowhere")
 
