@@ -1,0 +1,1 @@
+"""The verbs of the command line: what each is given, what it says. Work is done elsewhere."""

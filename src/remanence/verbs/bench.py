@@ -1,0 +1,85 @@
+"""`remanence bench` and `remanence doctor` on the command line."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ..errors import ERROR, UsageError
+from .shared import Json, Seed, names, quiet, usage
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="A benchmark; without one, their names.")] = "",
+    methods: Annotated[
+        str | None, typer.Option(help="unlearning, ptq, w4a4: these methods only, comma-separated; mixed: measures.")
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="unlearning, evaluation: TOFU's files (default: the hub's); others: WikiText-2's."),
+    ] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="ptq: of quality, layers, recovery; w4a4: of quality, recovery; perp: of quality, cost, recovery; "
+            "mixed: of quality, sources."
+        ),
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,
+    gib: Annotated[float | None, typer.Option(help="streaming: size of the model's weights.")] = None,
+    limit_gib: Annotated[float | None, typer.Option(help="streaming: of the memory it may take.")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a benchmark: rows with their peers measured side by side, and checks that must hold."""
+    from ..bench.frame import BENCHES, markdown, run, show
+
+    if not name and as_json:
+        print(json.dumps({key: text for key, (_, text) in BENCHES.items()}, indent=1))
+        return
+    if not name:
+        print("\n".join(f"{key}: {text}" for key, (_, text) in BENCHES.items()))
+        return
+    if name not in BENCHES:
+        raise UsageError(f"bench: {name!r} is not one of {', '.join(BENCHES)}")
+    from ..unlearn.catalog import method_named
+
+    chosen = names("methods", methods)
+    for method in (chosen or ()) if name == "unlearning" else ():
+        usage(method_named, method)
+    asked: dict[str, object] = {
+        "data_dir": data_dir,
+        "methods": chosen,
+        "parts": names("parts", parts),
+        "gib": gib,
+        "limit_gib": limit_gib,
+    }
+    if not peers:
+        asked["peers"] = False
+    options = {key: value for key, value in asked.items() if value is not None}
+    from ..engine import environment
+
+    quiet()
+    result = {"name": name, "environment": environment(), **usage(run, name, seed, **options)}
+    if as_json:
+        print(json.dumps(result, indent=1))
+    elif as_markdown:
+        print(markdown(result["rows"]) + "\n\n" + markdown(result["checks"]))
+    else:
+        show(result)
+    if not all(check["ok"] for check in result["checks"]):
+        raise typer.Exit(ERROR)
+
+
+def doctor(as_json: Json = False) -> None:
+    """What this machine and installation can do."""
+    from ..doctor import diagnose, show
+
+    found = diagnose()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
