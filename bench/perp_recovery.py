@@ -33,7 +33,7 @@ from .verdict import Evidence, judge
 METHODS = ("graddiff", "npo", "bucketed")
 RECIPES = ("wanda-s50", "magnitude-s50")
 SOURCES = ("text", "retain", "forget")
-GROUPS = "norm|mask_lora"
+GROUPS, STEPS = "norm|mask_lora", 100
 # By what a pruned target keeps of its kept answers: it has learned its answers and nothing else, and any step on other
 # tokens, those of the questions too, costs it some of them (of running text 2% at 1e-4, 11% at 3e-4, all at 1e-3).
 RATES = {"text": 3e-4, "retain": 1e-2, "forget": 1e-2}
@@ -66,7 +66,7 @@ def run(
     text                what the source "text" is drawn from; None: generated, about other people
     """
     corpus, config = corpus or people_corpus(PEOPLE, FORGET, seed), config or DemoConfig()
-    retrain = retrain or knobs(GROUPS, seed=seed)
+    retrain = retrain or knobs(GROUPS, steps=STEPS, seed=seed)
     tokenizer = demo_tokenizer(corpus, config)
     encoder = Encoder(tokenizer, config.max_length)
     target, _ = train_demo(corpus, config, tokenizer, seed, with_forget=True)
