@@ -114,7 +114,7 @@ def measure_cell(
     if recipe.compresses:
         checkpoint = scratch / "checkpoint"
         save_model(model, tokenizer, checkpoint, recipe)
-        carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe, target, *data))
+        carry(model_path, checkpoint, lambda source, target: compress_to(source, recipe.at_once, target, *data))
         model = load_model(checkpoint)
     model = attach(with_adapter(model, model_path), tokenizer, checkpoint)
     size = weight_bytes(checkpoint)
@@ -170,7 +170,7 @@ def _data(recipe: Recipe, encoder: Encoder, corpus: Corpus, measures: Measures) 
     again = [] if recipe.retrain is None else retraining_batches(recipe.retrain, encoder, rows, text)
     if not recipe.calibrated:
         return [], again
-    wanted = recipe.calibration or default_calibration(corpus.retain, encoder)
+    wanted = recipe.calibration or default_calibration(rows, None, encoder)
     return calibration_batches(wanted, encoder, rows, text, measures.seed), again
 
 

@@ -65,7 +65,7 @@ def build_document(corpus: Corpus, cells: list[CellScores], positive_recipe: str
 
 def _error(cell: CellScores, by_name: dict[tuple[str, str], CellScores]) -> str | None:
     """Why a cell cannot be judged: its own failure, or that of what it is held against."""
-    against = [by_name["target", cell.recipe.name], by_name[cell.model, "dense"]]
+    against = [by_name["target", cell.recipe.name], by_name[cell.model, cell.recipe.before.name]]
     oracle = by_name.get(("oracle", cell.recipe.name))
     return next((c.error for c in (cell, *against, *([oracle] if oracle else [])) if c.error), None)
 
@@ -87,16 +87,16 @@ def _evidence(cell: CellScores, by_name: dict[tuple[str, str], CellScores]) -> E
     def knows(name: str, recipe: str, of: str = "forget") -> list[float]:
         return by_name[name, recipe].scores(of).items.probability
 
-    recipe = cell.recipe.name
+    recipe, before = cell.recipe.name, cell.recipe.before.name
     # Against itself the oracle could not fail; as a control it is judged by what compression gave back.
     with_oracle = ("oracle", recipe) in by_name and cell.model != "oracle"
     return Evidence(
         compressed=knows(cell.model, recipe),
-        unlearned=knows(cell.model, "dense"),
+        unlearned=knows(cell.model, before),
         baseline=knows("target", recipe),
-        target=knows("target", "dense"),
+        target=knows("target", before),
         oracle=knows("oracle", recipe) if with_oracle else None,
-        oracle_dense=knows("oracle", "dense") if with_oracle and not by_name["oracle", "dense"].error else None,
+        oracle_dense=knows("oracle", before) if with_oracle and not by_name["oracle", before].error else None,
         retain=knows(cell.model, recipe, "retain"),
         retain_target=knows("target", "dense", "retain"),
         collapsed=tuple(cell.measured["flags"]),

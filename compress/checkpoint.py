@@ -33,7 +33,15 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from .bnb import keep_exact_, load_bnb
-from .experts import ExpertList, apart_on_disk, checkpoint_names, has_fused_experts, unfuse_experts_
+from .experts import (
+    ExpertList,
+    apart_on_disk,
+    checkpoint_names,
+    fuse,
+    fused_on_disk,
+    has_fused_experts,
+    unfuse_experts_,
+)
 from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
 from .formats import sparse24
@@ -42,6 +50,7 @@ from .linear import QuantLinear
 from .places import local_model
 from .recipe import DENSE, Recipe
 from .sparse_linear import layers_24
+from .spec import QuantSpec
 from .transforms import transform_from, transform_names
 from .walk import replace, weight_of
 
@@ -105,7 +114,7 @@ def load_nf4(path: Path | str, device: torch.device | str = "cpu") -> PreTrained
 def skeleton(path: Path | str) -> PreTrainedModel:
     """The dense model at `path` without its weights (on the meta device): names and shapes of its layers.
 
-    Raises FileNotFoundError for a missing directory, ValueError for a model that is quantized already.
+    Raises FileNotFoundError for a missing directory, ValueError for a model that is compressed already.
     """
     directory = local_model(path)
     if directory is None:
@@ -115,7 +124,7 @@ def skeleton(path: Path | str) -> PreTrainedModel:
         with _readable(directory):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"{path}: is quantized already; an audit starts from dense models and compresses them itself")
+        raise ValueError(f"{path}: is compressed already; expected a dense model, which is compressed here")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -197,7 +206,8 @@ def _stem(model: PreTrainedModel, layers: Mapping[str, QuantLinear]) -> str:
         for layer in layers.values()
     )
     rounded = any(layer.activation is not None for layer in layers.values())
-    return "model" if stock_readable(model, linear, own, rounded) else OWN_STEM
+    specs = {name: layer.spec for name, layer in layers.items()}
+    return "model" if stock_readable(model, linear, own, rounded, specs) else OWN_STEM
 
 
 def quantization_config(model: PreTrainedModel, recipe: Recipe | str) -> dict[str, Any]:
@@ -398,8 +408,11 @@ def dense_linears(model: PreTrainedModel) -> list[str]:
 
 def _stored_state(model: PreTrainedModel, sparse: Collection[str] = ()) -> dict[str, Tensor]:
     seen: set[int] = set()
-    state = {}
-    for key, tensor in in_files(packed_state(model, "", sparse), file_names(model)).items():
+    state: dict[str, Tensor] = {}
+    held = packed_state(model, "", sparse)
+    if not sparse and not _packed_layers(model):
+        held = fuse(held, fused_on_disk(model))
+    for key, tensor in in_files(held, file_names(model)).items():
         if tensor.data_ptr() not in seen:  # a tied head is stored once, under its first name
             seen.add(tensor.data_ptr())
             state[key] = tensor
@@ -455,11 +468,31 @@ def in_files(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Te
     return {named(key): tensor for key, tensor in state.items()}
 
 
-def stock_readable(model: PreTrainedModel, linear: bool, own: bool, rounded: bool) -> bool:
-    """Whether transformers with compressed-tensors would run every layer as we do: it knows nn.Linear only (`linear`:
-    nothing else is packed), inputs as they come and their whole ranges (`own`: transformed ones, or shares of ranges),
-    and experts where the usual checkpoint has them one by one and their inputs are not `rounded`, as it fuses them."""
-    return linear and not own and (not has_experts(model) or (apart_on_disk(model) and not rounded))
+def stock_readable(
+    model: PreTrainedModel, linear: bool, own: bool, rounded: bool, specs: Mapping[str, QuantSpec]
+) -> bool:
+    """Whether transformers with compressed-tensors would run every layer as we do.
+
+    specs     of the layers that are packed, by name; without any the checkpoint is an ordinary one
+    linear    whether they all are nn.Linear, which is all that it knows
+    own       inputs do not come as they are and with their whole ranges, but transformed, or shares of ranges
+    rounded   inputs are rounded
+    Experts it fuses as it reads, which goes wrong unless all are packed alike, and like the layers around them, on a
+    symmetric grid, with inputs that are not rounded; in a usual checkpoint that has them one by one.
+    """
+    if not specs:
+        return True
+    if not linear or own:
+        return False
+    experts = [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, ExpertList)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | QuantLinear)
+    ]
+    alike = len(set(specs.values())) == 1 and next(iter(specs.values())).symmetric and set(experts) <= specs.keys()
+    return not experts or (alike and not rounded and apart_on_disk(model))
 
 
 def _write_shards(state: dict[str, Tensor], work: Path, stem: str) -> None:

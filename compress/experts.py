@@ -9,7 +9,7 @@ disk the experts have mostly been apart all along: `checkpoint_names` and `sourc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -207,6 +207,32 @@ def apart_on_disk(model: PreTrainedModel) -> bool:
     Only then does transformers find packed experts; it takes GPT-OSS's, for one, for missing, and makes up random ones.
     """
     return all(source.expert is None for source in _on_disk(model).values())
+
+
+def fused_on_disk(model: PreTrainedModel) -> dict[str, Source]:
+    """Of the tensors of experts that the usual checkpoint of this model keeps fused: where there."""
+    if not any(isinstance(module, ExpertList) for module in model.modules()):
+        return {}
+    return {name: source for name, source in _on_disk(model).items() if source.expert is not None}
+
+
+def fuse(state: Mapping[str, Tensor], parts: Mapping[str, Source]) -> dict[str, Tensor]:
+    """The state with those of its tensors that `parts` has put together as it says; all experts of a fused tensor are
+    there, or none."""
+    found = {name: tensor for name, tensor in state.items() if name not in parts}
+    fused: dict[str, list[str]] = {}
+    for name in state.keys() & parts.keys():
+        fused.setdefault(parts[name].key, []).append(name)
+    for key, names in fused.items():
+        sources = [parts[name] for name in names]
+        count = 1 + max(cast(int, source.expert) for source in sources)
+        outputs = max(cast(range, source.features).stop for source in sources)
+        shape = [outputs, *state[names[0]].shape[1:]]
+        whole = state[names[0]].new_empty(count, *(reversed(shape) if sources[0].transposed else shape))
+        for name, source in zip(names, sources, strict=True):
+            source.take(whole[cast(int, source.expert)]).copy_(state[name])
+        found[key] = whole
+    return found
 
 
 def source_keys(model: PreTrainedModel, keys: Collection[str]) -> dict[str, Source]:

@@ -41,6 +41,7 @@ from .spec import (
 )
 
 HEAD = ("lm_head",)
+_TAKES_DATA = (*CALIBRATED, *(method for method in PRUNERS if PruneSpec(method=method).calibrated))
 # Characters of a list of modules that people still read in a name.
 _LONGEST = 40
 _COMMON = (
@@ -111,7 +112,7 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_pruning()
         if self.calibration is not None and not self.calibrated:
-            raise ValueError(f"calibration: {self.method} takes no data; it goes with {', '.join(CALIBRATED)}")
+            raise ValueError(f"calibration: {self.method} takes no data; it goes with {', '.join(_TAKES_DATA)}")
         if self.widths:
             self._check_widths()
         if self.activation is not None:
@@ -150,6 +151,11 @@ class Recipe:
             raise ValueError(f"prune: {self.method} without a sparsity")
         if self.retrain is not None and prune is None:
             raise ValueError(f"retrain: goes with pruning, and {self.method} prunes nothing; e.g. wanda-s50")
+        if self.retrain is not None and self.retrain.by != "loss" and prune is not None and prune.order != ORDERS[0]:
+            raise ValueError(
+                f"t_by: {self.retrain.by} learns from the model as it was before pruning, which has not unlearned; "
+                f"expected loss with order={prune.order}"
+            )
         if prune is not None and self.rotation is not None:
             raise ValueError("rotation: of a pruned model leaves no weight zero; prune or rotate")
         if prune is not None and self.method == "flatquant":
@@ -209,17 +215,21 @@ class Recipe:
         return self.method in CALIBRATED or (self.prune is not None and self.prune.calibrated)
 
     @property
-    def unlearned_pruned(self) -> bool:
-        """Whether an audit's methods are to unlearn the pruned model."""
-        return self.prune is not None and self.prune.order == "prune-unlearn"
+    def before(self) -> Recipe:
+        """What a model has come through when an audit's methods unlearn it: nothing, or pruning."""
+        return DENSE if self.prune is None or self.prune.order == ORDERS[0] else self.pruning
 
     @property
     def pruning(self) -> Recipe:
         """What it makes zero, and nothing else that it does."""
         assert self.prune is not None
         calibration = self.calibration if self.prune.calibrated else None
-        prune = replace(self.prune, order=ORDERS[0])
-        return Recipe(prune.method, None, self.ignore, prune, calibration=calibration)
+        return Recipe(self.prune.method, None, self.ignore, self.prune, calibration=calibration)
+
+    @property
+    def at_once(self) -> Recipe:
+        """The same for a model that has not been pruned before."""
+        return self if self.prune is None else replace(self, prune=replace(self.prune, order=ORDERS[0]))
 
     def spec_of(self, name: str) -> QuantSpec:
         """The format of the layer of this full name; of several widths that mean it, the narrowest."""

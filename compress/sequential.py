@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 SOLVERS = ("gptq", "awq", "smoothquant", "signround", "flatquant")
 # Pruners, and modules of these names, whose `prune_block_(block, spec)` prunes the linear layers of one block.
 BLOCK_PRUNERS = ("wanda", "sparsegpt")
+# By how much of all weights rounding, row by row, may prune less than was asked for.
+_ROUNDED = 0.01
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,30 @@ def compress_(
     batches      calibration data, for the methods that need it: token ids int64 [B, T], without padding
     report       is told of every layer that is quantized
     retraining   what a pruned model is trained on again, where the recipe says so; as batches
+    With order=prune-unlearn the model is one that was pruned before it was unlearned, and the rest is done to it.
     Raises ValueError, before anything is changed, when the model cannot take it.
     """
+    if recipe.before.compresses:
+        _check_pruned(model, recipe)
     if recipe.retrain is not None:
         return _retrained_(model, recipe, recipe.retrain, batches, report or (lambda _: None), retraining)
     if recipe.prune is not None and recipe.spec is None:
-        return prune_(model, recipe, batches, report)
-    return quantize_(model, recipe, batches, report)
+        return model if recipe.before.compresses else prune_(model, recipe, batches, report)
+    return quantize_(model, quantizing_alone(recipe) if recipe.before.compresses else recipe, batches, report)
+
+
+def _check_pruned(model: PreTrainedModel, recipe: Recipe) -> None:
+    """ValueError for a model that is not pruned as the recipe has it; its experts are taken apart."""
+    assert recipe.prune is not None
+    unfuse_experts_(model)
+    weights = [layer.weight for _, layer in prunable_linears(model, recipe)]
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+    share = zeros / sum(weight.numel() for weight in weights)
+    if share < recipe.prune.sparsity - _ROUNDED:
+        raise ValueError(
+            f"order: {recipe.prune.order} is for a model that was pruned before it was unlearned; {share:.1%} of its "
+            f"weights are zero, expected {recipe.prune.percent}%"
+        )
 
 
 def _retrained_(
@@ -125,21 +144,14 @@ def _retrained_(
     if recipe.spec is not None:
         fitting_linears(model, recipe)
     dense = copy.deepcopy(model) if retrain.by != "loss" else None
-    prune_(model, pruning_alone(recipe), batches, report)
+    if not recipe.before.compresses:
+        prune_(model, recipe.pruning, batches, report)
     made = retrain_(model, retrain, masks_of(model, recipe), retraining, dense)
     note = f"{retrain.groups}: {made.trained:,} of {made.parameters:,} parameters"
     if retrain.by == "loss":
         note += f", loss {made.losses[0]:.4g} to {made.losses[-1]:.4g}"
     report(LayerReport("retraining", None, "loss", made.seconds, note=note))
     return model if recipe.spec is None else quantize_(model, quantizing_alone(recipe), batches, report)
-
-
-def pruning_alone(recipe: Recipe) -> Recipe:
-    """The first half of a recipe that prunes and then does something else."""
-    prune = recipe.prune
-    assert prune is not None
-    calibration = recipe.calibration if prune.calibrated else None
-    return Recipe(prune.method, None, recipe.ignore, prune, calibration=calibration)
 
 
 def quantizing_alone(recipe: Recipe) -> Recipe:

@@ -36,6 +36,7 @@ from .checkpoint import (
     write_config,
     write_model,
 )
+from .experts import fuse, fused_on_disk, unfuse_experts_
 from .files import atomic_dir, publish, read_json, write_json
 from .footprint import available_memory, steady_heap, trim_heap
 from .formats import compressed_tensors as ct
@@ -94,8 +95,8 @@ class Job:
         self.sparse = sparse
         self.source, self.recipe, self.batches = Path(source), recipe, batches if recipe.calibrated else ()
         self.device = torch.device(device)
-        self.reader = ShardReader(self.source)
         self.model: PreTrainedModel = hollow_model(self.source)
+        self.reader = ShardReader(self.source)
         self.mapping = names(self.model, self.reader)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         # Whether the result can be loaded whole, to be compared with what was in memory.
@@ -114,8 +115,13 @@ class Job:
         linear = recipe.spec is None or all(isinstance(layer, nn.Linear) for _, layer in layers)
         a = recipe.activation
         own = a is not None and a.dynamic and (a.search or a.clip != 1)
-        readable = stock_readable(self.model, linear, own or recipe.method == "flatquant", a is not None)
-        self.stock_readable = readable and not sparse
+        own = own or recipe.method == "flatquant"
+        # A gate may keep some blocks at other widths, and which ones is not known yet.
+        specs = {} if recipe.spec is None else {name: recipe.spec_of(name) for name in self.layers}
+        readable = stock_readable(self.model, linear, own, a is not None, specs)
+        gated = recipe.gate is not None and recipe.gate.action == "keep" and has_experts(self.model)
+        self.stock_readable = readable and not sparse and not gated
+        self.fused = {} if specs or sparse else fused_on_disk(self.model)
         self.blocks = block_names(self.model)
         self.repeated = _repeated(self.model)
         self.units = [*self._outside(), *(Unit((name,), number) for number, name in enumerate(self.blocks))]
@@ -231,8 +237,10 @@ def compress_whole(
     with atomic_dir(target) as work:
         write_model(model, tokenizer, work, recipe, sparse)
         ids = torch.arange(min(_PROBE, model.config.get_text_config().vocab_size))[None]
+        again = load_model(work)
+        unfuse_experts_(again)  # fused they add up in another order
         with torch.no_grad():
-            difference = float((load_model(work)(ids).logits - model(ids).logits).abs().max())
+            difference = float((again(ids).logits - model(ids).logits).abs().max())
         if difference:
             raise RuntimeError(f"{target}: reads back with logits off by {difference:g}; nothing was written")
     readable = not any(Path(target).glob(f"{OWN_STEM}*.safetensors"))
@@ -455,7 +463,7 @@ class _Run:
         sparse = self.job.layers if self.job.sparse else ()
         state = {key: value for name in unit.modules for key, value in packed_state(model, name, sparse).items()}
         state = {key: value for key, value in state.items() if key not in self.job.repeated}
-        self.writer.write(number, in_files(state, self.job.file_names))
+        self.writer.write(number, in_files(fuse(state, self.job.fused), self.job.file_names))
         del state
         for name in unit.modules:
             hollow_(model.get_submodule(name))
@@ -486,6 +494,7 @@ class _Run:
         if self.probe is None:
             return None
         model = load_model(self.work)
+        unfuse_experts_(model)  # fused they add up in another order
         last = model.get_submodule(self.job.blocks[-1])
         with torch.no_grad():
             read = model(self.ids).logits

@@ -35,6 +35,7 @@ class Target:
     fused       it joins layers that share their input into one, which has one width
     experts     it joins all experts of a layer
     asymmetric  it reads several widths in one asymmetric file
+    mixture     it reads several widths of a model with experts (see checkpoint.stock_readable)
     why         where this is known from
     """
 
@@ -42,6 +43,7 @@ class Target:
     fused: bool = False
     experts: bool = False
     asymmetric: bool = True
+    mixture: bool = True
     why: str = ""
 
 
@@ -50,7 +52,8 @@ TARGETS = {
     "transformers": Target(
         (2, 3, 4, 8, 16),
         asymmetric=False,
-        why="compressed-tensors from 0.19 on unpacks every width; zero points of several widths it does not",
+        mixture=False,
+        why="compressed-tensors from 0.19 on unpacks every width, but not zero points of several widths, nor experts",
     ),
     "vllm": Target(
         (4, 8, 16),

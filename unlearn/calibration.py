@@ -21,10 +21,19 @@ BATCH_TOKENS = 4096
 DEFAULT = 128
 
 
-def default_calibration(retain: Sequence[QA], encoder: Encoder) -> Calibration:
-    """DEFAULT sequences of the retain set, or all of them; a long text row gives several."""
+def default_calibration(
+    rows: Mapping[str, Sequence[QA]], text: str | None, encoder: Encoder, most: int = DEFAULT
+) -> Calibration:
+    """`most` sequences of the retain set, or of the text where there are no such rows; or all there are.
+
+    A long text row gives several. Raises ValueError where there is neither.
+    """
     length = min(Calibration(retain=1).length, encoder.max_length)
-    return Calibration(retain=min(DEFAULT, len(encoder.windows(retain, length))))
+    source = "retain" if rows.get("retain") else "text"
+    if source == "text" and text is None:
+        raise ValueError("calibration: needs data; give --text FILE, --retain FILE, or --data")
+    there = len(_sequences(source, encoder, rows, text, length))
+    return Calibration(**{source: min(most, there) or most})
 
 
 def calibration_batches(

@@ -467,7 +467,8 @@ def _check_applies(key: str, name: str, method: Method) -> None:
     own = ", ".join(method.own) or "none"
     if key not in method.own and any(key in names for names in _OWN.values()):
         raise ValueError(f"{key}: {name} has no such setting; its own are {own}")
-    if key not in method.own and method.kind != "training":
+    moves_weights = method.kind == "training" or (method.kind == "weights" and key == "keep_zeros")
+    if key not in method.own and not moves_weights:
         raise ValueError(f"{key}: {name} does not train; its own settings are {own}")
     if key == "retain_loss" and method.objective in _RETAIN_FIXED:
         raise ValueError(f"retain_loss: {name} has a retain loss of its own, or none; it cannot be chosen")

@@ -189,12 +189,16 @@ def _digit(parts: Iterable[Tensor], count: int) -> tuple[int, int]:
 class Zeros:
     """The zeros of a model's matrices, as pruning leaves them: those that there are when this is made.
 
-    Fused experts and embeddings count as matrices; biases and norms do not.
+    Fused experts and embeddings count as matrices; biases and norms do not. ValueError when there are none, but for
+    the embedding of padding, of which every model has some.
     """
 
     def __init__(self, model: nn.Module) -> None:
         matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
         self._zeros = [(matrix, zeros) for matrix in matrices if (zeros := matrix.detach() == 0).any()]
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        if all(id(matrix) in embeddings for matrix, _ in self._zeros):
+            raise ValueError("keep_zeros: no weight is zero; prune the model first, e.g. by wanda-s50")
 
     def hold_gradients_(self) -> None:
         """Zero the gradients there. Belongs before clipping, from the first step, as `apply_to_gradients_` does."""

@@ -91,9 +91,25 @@ class Order:
             raise ValueError("compare: random looks at no data")
         self.parsed()
         self.asked()
-        for name in self.compare:
-            parse_calibration(name)
+        asked = [self.asked(), *map(parse_calibration, self.compare)]
+        if len(set(asked)) < len(asked):
+            raise ValueError(f"compare: {', '.join(self.compare)}; expected other data than is measured on, each once")
+        self._check_there(asked)
         local_model(self.model)
+
+    def _check_there(self, asked: Sequence[Calibration | None]) -> None:
+        """ValueError where it is to be measured on data of a kind that is not given."""
+        given = {
+            "retain": self.retain is not None or self.data is not None,
+            "forget": self.forget is not None or self.data is not None,
+            "text": self.text is not None,
+        }
+        for calibration in filter(None, asked):
+            for source, there in given.items():
+                if getattr(calibration, source) and not there:
+                    raise ValueError(f"{source}: missing; {calibration} needs it; give --{source} FILE")
+        if asked[0] is None and self.measure != "random" and not (given["retain"] or given["text"]):
+            raise ValueError(f"calibration: {self.measure} needs data; give --text FILE, --retain FILE, or --data")
 
     def parsed(self) -> Recipe:
         recipe = read_recipe(self.recipe)
@@ -124,7 +140,7 @@ def allocate(
     Raises UsageError, ValueError or FileNotFoundError for what cannot be, FileExistsError when `out` is there.
     """
     from .compress.allocate import total
-    from .compress.checkpoint import load_model, load_tokenizer, local_directory, skeleton
+    from .compress.checkpoint import has_experts, load_model, load_tokenizer, local_directory, skeleton
     from .compress.experts import unfuse_experts_
     from .compress.files import write_text
     from .compress.recipe_file import to_yaml
@@ -143,6 +159,8 @@ def allocate(
     data = {} if order.measure == "random" else _data(order, directory, load_tokenizer(directory))
     model = load_model(directory)
     unfuse_experts_(model)
+    if has_experts(model) and not target.mixture:
+        raise UsageError(f"target: {order.target} reads experts of one width only; {target.why}")
     stored = sizes(model, recipe, widths)
     tied = fused(model, recipe, target.experts) if order.fuse else ()
     start = time.perf_counter()
@@ -276,15 +294,7 @@ def _data(order: Order, directory: Path, tokenizer: PreTrainedTokenizerBase) -> 
     encoder = Encoder(tokenizer, longest(config))
     rows = order.rows()
     text = None if order.text is None else running_text(order.text)
-    calibration = order.asked()
-    if calibration is None:
-        if rows.get("retain"):
-            whole = default_calibration(rows["retain"], encoder)
-            calibration = Calibration(retain=min(_SEQUENCES, whole.retain))
-        elif text is not None:
-            calibration = Calibration(text=_SEQUENCES)
-        else:
-            raise UsageError(f"calibration: {order.measure} needs data; give --text FILE, --retain FILE, or --data")
+    calibration = order.asked() or default_calibration(rows, text, encoder, _SEQUENCES)
     asked = {found.name: found for found in (calibration, *map(parse_calibration, order.compare))}
     return {name: calibration_batches(found, encoder, rows, text, order.seed) for name, found in asked.items()}
 

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from .compress.places import local_model
 from .compress.recipe import Recipe
 from .compress.recipe_file import read_recipe
-from .compress.spec import Calibration, parse_calibration
+from .compress.spec import parse_calibration
 from .corpus import rows_by_source
 from .errors import UsageError
 from .unlearn.data import QA, running_text
@@ -57,12 +57,13 @@ class Order:
         recipe = self.parsed()
         if recipe.kv is not None:
             raise ValueError("kv: is how a model serves, no part of a checkpoint; an audit measures it")
-        if recipe.unlearned_pruned:
+        if recipe.before.compresses:
             raise ValueError("order: here nothing is unlearned; prune, then remanence unlearn --set keep_zeros=true")
         if not recipe.calibrated and recipe.retrain is None:
             for name in ("retain", "forget", "data", "data_dir", "text"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: {recipe} looks at no data; leave it out")
+        self._check_there(recipe)
         if self.data is not None and self.retain is not None:
             raise ValueError(f"retain: {self.retain} beside data: {self.data}, which has such rows; give one of them")
         if self.data is None and self.data_dir is not None:
@@ -70,6 +71,22 @@ class Order:
         if self.text is not None and (self.data or self.retain or self.forget) and recipe.calibration is None:
             raise ValueError("text: beside rows; say how much of each, e.g. --calibration retain:64,text:64")
         local_model(self.model)
+
+    def _check_there(self, recipe: Recipe) -> None:
+        """ValueError where the recipe needs data of a kind that is not given."""
+        given = {
+            "retain": self.retain is not None or self.data is not None,
+            "forget": self.forget is not None or self.data is not None,
+            "text": self.text is not None,
+        }
+        wanted = {source for source in given if recipe.calibration and getattr(recipe.calibration, source)}
+        if recipe.retrain is not None:
+            wanted.add(recipe.retrain.source)
+        for source, there in given.items():
+            if source in wanted and not there:
+                raise ValueError(f"{source}: missing; {recipe} needs it; give --{source} FILE")
+        if recipe.calibrated and recipe.calibration is None and not (given["retain"] or given["text"]):
+            raise ValueError(f"calibration: {recipe} needs data; give --text FILE, --retain FILE, or --data")
 
     def parsed(self) -> Recipe:
         """The recipe with its calibration data settled as far as it was asked for."""
@@ -163,7 +180,7 @@ def _data(
     from transformers import AutoConfig
 
     from .compress.checkpoint import longest
-    from .unlearn.calibration import DEFAULT, calibration_batches, default_calibration, retraining_batches
+    from .unlearn.calibration import calibration_batches, default_calibration, retraining_batches
     from .unlearn.encode import Encoder
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -173,14 +190,7 @@ def _data(
     again = [] if recipe.retrain is None else retraining_batches(recipe.retrain, encoder, rows, text)
     if not recipe.calibrated:
         return recipe, [], again
-    calibration = recipe.calibration
-    if calibration is None:
-        if rows.get("retain"):
-            calibration = default_calibration(rows["retain"], encoder)
-        elif text is not None:
-            calibration = Calibration(text=DEFAULT)
-        else:
-            raise UsageError(f"calibration: {recipe} needs data; give --text FILE, --retain FILE, or --data")
+    calibration = recipe.calibration or default_calibration(rows, text, encoder)
     batches = calibration_batches(calibration, encoder, rows, text, order.seed)
     return replace(recipe, calibration=calibration), batches, again
 

@@ -122,14 +122,15 @@ class AuditConfig(BaseModel):
         return text
 
     def compressions(self) -> list[Recipe]:
-        """The recipes, those that are calibrated once for each choice of data."""
+        """The recipes, those that are calibrated once for each choice of data. Before one that prunes and has the rest
+        come after unlearning, the pruning by itself: what it is held against."""
         found: list[Recipe] = []
         for recipe in map(parse_recipe, self.recipes):
             if recipe.calibrated and recipe.calibration is None and self.calibration:
                 found += [replace(recipe, calibration=parse_calibration(text)) for text in self.calibration]
             else:
                 found.append(recipe)
-        return found
+        return list(dict.fromkeys(each for recipe in found for each in (recipe.before, recipe)))
 
     @model_validator(mode="after")
     def _consistent(self) -> AuditConfig:
@@ -152,7 +153,7 @@ class AuditConfig(BaseModel):
             raise ValueError(f"sequential: {apart[0]} leaves the weights alone, from which the next request starts")
         if self.requests > 1 and self.unlearned:
             raise ValueError("requests: models already unlearned have forgotten everything at once; audit them alone")
-        first = [recipe.name for recipe in self.compressions() if recipe.unlearned_pruned]
+        first = [recipe.name for recipe in self.compressions() if recipe.before.compresses]
         merged = [name for name in self.methods if settings(name).unmerged]
         if first and (self.unlearned or merged):
             why = f"{merged[0]} keeps an adapter apart" if merged else f"{min(self.unlearned)} is unlearned already"

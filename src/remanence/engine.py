@@ -26,7 +26,7 @@ from .bench.document import build_document
 from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
 from .compress.files import read_json, write_json
 from .compress.places import base_directory
-from .compress.recipe import Recipe
+from .compress.recipe import DENSE, Recipe
 from .compress.spec import QuantSpec
 from .compress.walk import linears, weight_of
 from .config import CONTROL, AuditConfig
@@ -154,8 +154,8 @@ class _Run:
         methods = len({*self.config.methods, CONTROL})
         references = 2 if demo or self.config.oracle else 1
         models = references + methods + len(self.config.unlearned)
-        pruned = len({recipe.pruning for recipe in self._recipes() if recipe.unlearned_pruned})
-        unlearnings = methods * (self.made if self.config.sequential else 1) * (1 + pruned) + pruned
+        pruned = len({recipe.before for recipe in self._recipes()} - {DENSE})
+        unlearnings = methods * (self.made if self.config.sequential else 1) * (1 + pruned) + references * pruned
         self.reporter.plan(unlearnings + (references if demo else 0) + models * len(self._recipes()))
 
     def given(self) -> list[Model]:
@@ -189,14 +189,17 @@ class _Run:
             demo=self.config.model == "demo",
             seed=self.config.seed,
         )
+        before: dict[tuple[str, Recipe], Model | str] = {}
         cells = []
         for number, (model, recipe) in enumerate(pairs, 1):
-            unlearned = model.control not in ("baseline", "negative")
-            made = self._unlearned_pruned(model, recipe, measures) if recipe.unlearned_pruned and unlearned else model
+            made, start = (self._before(of, recipe, measures, before) for of in (model, self.target))
+            if isinstance(made, str) or isinstance(start, str):
+                cells.append(CellScores(model.name, model.control, recipe, {"error": f"{start}"}))
+                continue
             inputs = {
                 "version": STAGE_VERSIONS["cell"],
                 "model": made.digest,
-                "target": self.target.digest,
+                "target": start.digest,
                 "recipe": asdict(recipe),
                 "data": self.corpus.digest(),
                 "oracle": self.oracle.digest if self.oracle else None,
@@ -209,20 +212,36 @@ class _Run:
                 "isa": isa(),
             }
 
-            def build(work: Path, model: Model = made, recipe: Any = recipe) -> None:
-                scores = measure_cell(model.path, self.target.path, recipe, self.corpus, work, measures)
+            def build(work: Path, model: Model = made, start: Model = start, recipe: Any = recipe) -> None:
+                scores = measure_cell(model.path, start.path, recipe, self.corpus, work, measures)
                 write_json(work / "scores.json", scores)
 
             path = self._stage("cell", f"measure {model.name} {recipe} ({number}/{len(pairs)})", inputs, build)
             cells.append(CellScores(model.name, model.control, recipe, read_json(path / "scores.json")))
         return cells
 
-    def _unlearned_pruned(self, model: Model, recipe: Recipe, measures: Measures) -> Model:
-        """`model` as it is when the target is pruned before it is unlearned."""
-        pruning = recipe.pruning
+    def _before(
+        self, model: Model, recipe: Recipe, measures: Measures, known: dict[tuple[str, Recipe], Model | str]
+    ) -> Model | str:
+        """`model` as compression finds it: where the recipe prunes first, the pruned one that was unlearned. A model
+        that cannot be pruned so: why.
+
+        known   what was made before, by name and pruning
+        """
+        if not recipe.before.compresses:
+            return model
+        key = model.name, recipe.before
+        if key not in known:
+            pruned = self._pruned(model if model.control in ("baseline", "negative") else self.target, recipe, measures)
+            unlearns = not isinstance(pruned, str) and model.control not in ("baseline", "negative")
+            known[key] = self._unlearn(model.name, model.control, pruned) if unlearns else pruned  # type: ignore[arg-type]
+        return known[key]
+
+    def _pruned(self, model: Model, recipe: Recipe, measures: Measures) -> Model | str:
+        pruning = recipe.before.at_once
         inputs = {
             "version": STAGE_VERSIONS["cell"],
-            "target": self.target.digest,
+            "target": model.digest,
             "recipe": asdict(pruning),
             "data": self.corpus.digest(),
             "text": _content(self.config.text) if pruning.calibrated else None,
@@ -231,13 +250,13 @@ class _Run:
         }
 
         def build(work: Path) -> None:
-            prune_to(self.target.path, pruning, self.corpus, work, measures)
+            prune_to(model.path, pruning, self.corpus, work, measures)
 
         try:
-            path = self._stage("prune", f"prune target {pruning}", inputs, build)
-        except ValueError:
-            return model  # its cell says why it cannot be pruned
-        return self._unlearn(model.name, model.control, Model("target", str(path), path.name))
+            path = self._stage("prune", f"prune {model.name} {pruning}", inputs, build)
+        except ValueError as error:
+            return str(error)
+        return replace(model, path=str(path), digest=path.name)
 
     def demo(self) -> dict[str, Any]:
         """What the demo models learned; empty for given models."""

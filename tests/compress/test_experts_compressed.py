@@ -12,7 +12,7 @@ from remanence.compress.stream import compress_to
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 IDS = torch.randint(0, 320, (4, 40), generator=torch.Generator().manual_seed(0))
 SHAPE = {
@@ -111,6 +111,54 @@ def test_stock_readers_would_not_round_the_inputs_of_fused_experts(dense, name, 
     save_model(memory, tokenizer, tmp_path / "memory", parse_recipe(name))
     for directory in ("out", "memory"):
         assert not list((tmp_path / directory).glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rtn-w4a16-g16+w8=down_proj",
+        "rtn-w4a16-g16+w8=model.layers.0.self_attn",
+        "rtn-w4a16-g16-asym",
+        "rtn-w4a16-g16+ignore=lm_head|model.layers.0.mlp.experts.1",
+    ],
+)
+def test_stock_readers_would_fuse_what_is_packed_unlike(dense, name, tokenizer, tmp_path):
+    """One of them reads wrong numbers without a word, the others fail."""
+    save_model(dense, tokenizer, tmp_path / "dense")
+    recipe = parse_recipe(name)
+    made = compress_to(tmp_path / "dense", recipe, tmp_path / "out")
+    assert not made["stock_readable"]
+    memory = compress_(copy.deepcopy(dense), recipe)
+    save_model(memory, tokenizer, tmp_path / "memory", recipe)
+    for directory in ("out", "memory"):
+        assert torch.equal(logits(load_model(tmp_path / directory)), logits(memory))
+        assert not list((tmp_path / directory).glob("model*.safetensors"))
+
+
+def test_pruned_experts_are_fused_again_where_files_have_them_so(tokenizer, tmp_path):
+    """GPT-OSS: transposed, gate and up taking turns, with biases. Any reader takes the file."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, sliding_window=16, layer_types=["full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    for name, data in (("magnitude-s50", ()), ("wanda-s50", [IDS % len(tokenizer)])):
+        recipe = parse_recipe(name)
+        memory = compress_(copy.deepcopy(dense), recipe, data)
+        save_model(memory, tokenizer, tmp_path / f"{name}-memory", recipe)
+        made = compress_to(tmp_path / "dense", recipe, tmp_path / f"{name}-out", data)
+        assert made["stock_readable"]
+        assert made["max_abs_logit_difference"] == 0
+        for directory in (f"{name}-memory", f"{name}-out"):
+            for reader in (load_model, AutoModelForCausalLM.from_pretrained):
+                again = reader(tmp_path / directory).eval()
+                assert (again(IDS % len(tokenizer)).logits - memory(IDS % len(tokenizer)).logits).abs().max() <= 1e-5
+            fused = load_model(tmp_path / directory).model.layers[0].mlp.experts.gate_up_proj
+            assert 0.45 < float((fused == 0).float().mean()) < 0.55
 
 
 def test_bitsandbytes_would_leave_them_dense(dense):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from remanence.compress.checkpoint import load_model
 from remanence.compress.linear import QuantLinear
 from remanence.compress.prune import kept
 from remanence.compress.recipe import Recipe, parse_recipe
-from remanence.compress.sequential import compress_, pruning_alone, quantizing_alone
+from remanence.compress.sequential import compress_, quantizing_alone
 from remanence.compress.spec import PruneSpec
 from remanence.compress.stream import compress_to
 from remanence.compress.walk import data_free_prune, weight_of
@@ -95,7 +96,7 @@ def test_zeros_stay_through_quantizing_writing_and_reading(name, arch, untrained
     assert all("% zero" in report.note for report in reports)
     check_zeros(zeros, recipe.prune)
     # What the pruner alone takes of the first block, whose inputs are the same, is zero; and what stays is not lost.
-    alone = zeros_of(compress_(dense, pruning_alone(recipe), BATCHES))
+    alone = zeros_of(compress_(dense, recipe.pruning, BATCHES))
     first = [layer for layer in zeros if ".0." in layer]
     assert first
     for layer in first:
@@ -195,11 +196,39 @@ def test_few_tokens_prune_by_magnitude_and_round_to_nearest(method, pruner, untr
 
 def test_halves_of_a_recipe():
     both = parse_recipe("rtn-w4a16-g16+p_sparsity=0.5+p_method=wanda@text:9")
-    assert pruning_alone(both).name == "wanda-s50@text:9"
+    assert both.pruning.name == "wanda-s50@text:9"
     assert quantizing_alone(both).name == "rtn-w4a16-g16"
     both = parse_recipe("gptq-w4a16-g16+p_sparsity=0.3+p_method=random+p_seed=2@text:9")
-    assert pruning_alone(both).name == "random-s30+seed=2"
+    assert both.pruning.name == "random-s30+seed=2"
     assert quantizing_alone(both).name == "gptq-w4a16-g16@text:9"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq-w4a16-g16+p_sparsity=0.5+p_method=sparsegpt",
+        "gptq-w4a16-g16+act_order=static+p_sparsity=0.5+p_method=sparsegpt",
+        "rtn-w4a16-g16+p_sparsity=0.6+p_method=random",
+        "wanda-s50",
+        "magnitude-s50+scope=global+t_groups=norm+t_steps=2",
+    ],
+)
+def test_a_model_that_was_pruned_before_keeps_its_zeros_and_gets_no_more(name, untrained):
+    """GPTQ's pass would find SparseGPT's mask in another order of columns."""
+    recipe = parse_recipe(name)
+    first = replace(recipe, prune=replace(recipe.prune, order="prune-unlearn"))
+    model = compress_(untrained("llama", vocabulary=320), recipe.pruning, BATCHES)
+    before, expected = zeros_of(model), copy.deepcopy(model)
+    compress_(model, first, BATCHES, retraining=BATCHES)
+    for layer, mask in zeros_of(model).items():
+        assert torch.equal(mask & before[layer], before[layer]), layer
+        assert recipe.spec is not None or torch.equal(mask, before[layer]), layer
+    if recipe.spec is not None:
+        compress_(expected, quantizing_alone(recipe), BATCHES)
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    with pytest.raises(ValueError, match=r"order: prune-unlearn is for a model that was pruned .* 0\.0% of its"):
+        compress_(untrained("llama", vocabulary=320), first, BATCHES, retraining=BATCHES)
 
 
 def test_layers_outside_the_blocks_are_pruned_by_magnitude(untrained):

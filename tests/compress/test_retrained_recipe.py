@@ -7,7 +7,7 @@ import torch
 from remanence.compress.checkpoint import load_model, save_model
 from remanence.compress.linear import QuantLinear
 from remanence.compress.recipe import parse_recipe
-from remanence.compress.sequential import compress_, pruning_alone
+from remanence.compress.sequential import compress_
 from remanence.compress.stream import Job, compress_to
 from remanence.compress.walk import prunable_linears, weight_of
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
@@ -26,7 +26,7 @@ def tokenizer():
 
 def zeros(model, recipe):
     packed = {name: layer.dequantized() == 0 for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    return packed or {name: weight_of(layer) == 0 for name, layer in prunable_linears(model, pruning_alone(recipe))}
+    return packed or {name: weight_of(layer) == 0 for name, layer in prunable_linears(model(recipe))}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def zeros(model, recipe):
 def test_the_mask_stays_and_the_rest_has_learned(name, arch, untrained, tokenizer, tmp_path):
     recipe, dense, reports = parse_recipe(name), untrained(arch), []
     batches = [IDS] if recipe.calibrated else []
-    alone = pruning_alone(recipe)
+    alone = recipe.pruning
     pruned = compress_(copy.deepcopy(dense), alone, [IDS] if alone.calibrated else [])
     mask = zeros(pruned, recipe)
     model = compress_(copy.deepcopy(dense), recipe, batches, reports.append, AGAIN)

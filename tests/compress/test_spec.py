@@ -185,6 +185,7 @@ def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
         ("wanda-3:4", "pattern: 3:4 is not one of 2:4, 4:8"),
         ("sparsegpt-s50+scope=global", "scope: 'global' does not go with sparsegpt"),
         ("wanda-2:4+scope=row", "scope: 'row' does not go with the pattern 2:4"),
+        ("wanda-s50+order=prune-unlearn+t_groups=bias+t_by=block", "t_by: block learns from the model as it was"),
         ("wanda-s50+order=first", "order: 'first' is not one of unlearn-prune, prune-unlearn"),
         ("wanda-s50+p_sparsity=0.3", "p_sparsity: goes with integer weights"),
         ("gptq-w4a16-g64+p_method=sparsegbt", "prune method: 'sparsegbt' is not one of"),

@@ -16,6 +16,7 @@ from remanence.compress.walk import fitting_linears
 from remanence.compress.widths import fused, sizes
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from remanence.allocating import Order, _data, allocate, show_allocation
 from remanence.compressing import Order as CompressOrder
@@ -185,6 +186,18 @@ def test_what_a_target_runs(model, files, tmp_path):
     assert not (tmp_path / "b.yaml").exists()
 
 
+def test_stock_readers_take_experts_of_one_width(files, tmp_path):
+    tokenizer = demo_tokenizer(people_corpus(6, "forget30"), DemoConfig(vocab_size=300))
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, **shape)
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "experts")
+    asked = {"measure": "random", "calibration": None, "text": None}
+    with pytest.raises(UsageError, match="target: transformers reads experts of one width only"):
+        allocate(order(str(tmp_path / "experts"), files, target="transformers", **asked), tmp_path / "a.yaml", say=str)
+    made = allocate(order(str(tmp_path / "experts"), files, **asked), tmp_path / "a.yaml", say=str)
+    assert len(set(widths_of(made).values())) > 1
+
+
 def test_a_recipe_keeps_its_own_data_and_is_not_overwritten(model, files, tmp_path):
     given = {"recipe": str(files / "recipe.yaml"), "retain": str(files / "retain.jsonl"), "text": None}
     made = allocate(order(model, files, calibration=None, **given), tmp_path / "a.yaml", say=str)
@@ -195,8 +208,6 @@ def test_a_recipe_keeps_its_own_data_and_is_not_overwritten(model, files, tmp_pa
     assert (tmp_path / "a.yaml").read_text() == before
     with pytest.raises(UsageError, match=r"does not end in \.yaml or \.yml"):
         allocate(order(model, files), tmp_path / "a.txt", say=str)
-    with pytest.raises(UsageError, match="calibration: error_absolute needs data; give --text FILE"):
-        allocate(order(model, files, text=None, calibration=None), tmp_path / "b.yaml", say=str)
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
 
 
@@ -216,6 +227,9 @@ def test_a_recipe_keeps_its_own_data_and_is_not_overwritten(model, files, tmp_pa
         ({"calibration": "web:3"}, "'web' is not one of"),
         ({"compare": ("retain:4", "web:3")}, "'web' is not one of"),
         ({"compare": ("retain:4",), "measure": "random"}, "compare: random looks at no data"),
+        ({"text": "t", "compare": ("text:4",), "calibration": "text:4"}, "compare: text:4; expected other data"),
+        ({"text": "t", "compare": ("forget:4",)}, "forget: missing; forget:4 needs it; give --forget FILE"),
+        ({}, "calibration: tdmpq needs data; give --text FILE"),
         ({"data": "people", "retain": "r"}, "retain: r beside data: people"),
         ({"data_dir": "d"}, "data_dir: d goes with --data tofu"),
     ],

@@ -250,9 +250,16 @@ def test_target_and_oracle_as_models_already_unlearned(cache, tmp_path):
 def test_pruning_first(cache, tmp_path):
     """What is unlearned after pruning starts from the pruned target and keeps its zeros; the target is the same."""
     plain, first = "wanda-s50", "wanda-s50+order=prune-unlearn"
-    done = remanence("audit", *SMALL[:4], f"--recipes={plain},{first}", "--cache", cache, "--out", tmp_path)
+    rounded = "rtn-w4a16-g64+p_sparsity=0.5+p_method=wanda+p_order=prune-unlearn"
+    done = remanence("audit", *SMALL[:4], f"--recipes={plain},{rounded}", "--cache", cache, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
+    shown = [line for line in done.stderr.splitlines() if re.match(r"\[\d+/\d+\]", line)]
+    assert re.match(r"\[(\d+)/\1\]", shown[-1]), "as many stages as were planned"
     cells = {(c["method"], c["recipe"]): c for c in json.loads((tmp_path / "audit.json").read_text())["cells"]}
+    # The pruning by itself is what rounding is held against: nothing of an update is lost there, nothing comes back.
+    assert cells["npo", first]["update_survival"]["survival"] == pytest.approx(1)
+    assert cells["npo", first]["recovered_share"]["value"] == 0
+    assert 0 < cells["npo", rounded]["update_survival"]["moved"] < 0.6
     for model in ("target", "oracle"):
         assert cells[model, plain]["forget"] == cells[model, first]["forget"]
     assert cells["npo", plain]["forget"] != cells["npo", first]["forget"]
@@ -471,7 +478,7 @@ def test_report_shows_an_audit_again(audited, tmp_path):
         (["audit", "--recipes", ""], 2, "recipes: empty"),
         (["audit", "--unlearned", "a={m}", "--unlearned", "a={m}"], 2, "'a' is given twice"),
         (["audit", "--model", "{tmp}/broken", "--forget", "{f}", "--retain", "{r}"], 1, "broken: cannot be read"),
-        (["audit", "--model", "{tmp}/packed", "--forget", "{f}", "--retain", "{r}"], 1, "is quantized already"),
+        (["audit", "--model", "{tmp}/packed", "--forget", "{f}", "--retain", "{r}"], 1, "is compressed already"),
         (["unlearn", "--model", "{m}", "--method", "magic", "--forget", "{f}", "--out=x"], 2, "'magic' is unknown"),
         (["compress", "{tmp}/none", "--recipe", "rtn-w4a16-g64", "--out", "{tmp}/o"], 2, "no such model directory"),
         (["compress", "{m}", "--recipe", "rtn-w4a16-g96", "--out", "{tmp}/o"], 1, "do not divide into groups of 96"),

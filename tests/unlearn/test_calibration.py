@@ -71,11 +71,17 @@ def test_long_texts_are_cut_to_the_length(corpus, encoder):
 
 
 def test_the_default_is_the_retain_set(corpus, encoder):
-    assert default_calibration(corpus.retain[:50], encoder) == Calibration(retain=50)
-    assert default_calibration(corpus.retain * 9, encoder) == Calibration(retain=128)
-    text = QA("", " ".join(row.answer for row in corpus.retain))
-    wanted = default_calibration([text], encoder)
-    assert wanted.retain == len(encoder.windows([text])) > 3, "one row of text is many sequences"
+    assert default_calibration({"retain": corpus.retain[:50]}, "a text", encoder) == Calibration(retain=50)
+    assert default_calibration({"retain": corpus.retain * 9}, None, encoder) == Calibration(retain=128)
+    assert default_calibration({"retain": corpus.retain * 9}, None, encoder, 7) == Calibration(retain=7)
+    text = " ".join(row.answer for row in corpus.retain)
+    wanted = default_calibration({"retain": [QA("", text)]}, None, encoder)
+    assert wanted.retain == len(encoder.windows([QA("", text)])) > 3, "one row of text is many sequences"
+    pieces = len(encoder.tokenizer(text)["input_ids"]) // encoder.max_length
+    assert default_calibration({}, text, encoder) == Calibration(text=pieces)
+    assert default_calibration({"retain": ()}, text * 100, encoder) == Calibration(text=128)
+    with pytest.raises(ValueError, match="calibration: needs data; give --text FILE"):
+        default_calibration({"forget": corpus.forget}, None, encoder)
 
 
 @pytest.mark.parametrize(
