@@ -232,9 +232,11 @@ class _Run:
             return model
         key = model.name, recipe.before
         if key not in known:
-            pruned = self._pruned(model if model.control in ("baseline", "negative") else self.target, recipe, measures)
-            unlearns = not isinstance(pruned, str) and model.control not in ("baseline", "negative")
-            known[key] = self._unlearn(model.name, model.control, pruned) if unlearns else pruned  # type: ignore[arg-type]
+            if model.control in ("baseline", "negative"):
+                known[key] = self._pruned(model, recipe, measures)
+            else:
+                start = self._before(self.target, recipe, measures, known)
+                known[key] = start if isinstance(start, str) else self._unlearn(model.name, model.control, start)
         return known[key]
 
     def _pruned(self, model: Model, recipe: Recipe, measures: Measures) -> Model | str:

@@ -26,7 +26,7 @@ def tokenizer():
 
 def zeros(model, recipe):
     packed = {name: layer.dequantized() == 0 for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    return packed or {name: weight_of(layer) == 0 for name, layer in prunable_linears(model(recipe))}
+    return packed or {name: weight_of(layer) == 0 for name, layer in prunable_linears(model, recipe.pruning)}
 
 
 @pytest.mark.parametrize(
