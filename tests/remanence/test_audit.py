@@ -264,10 +264,13 @@ def test_pruning_first(cache, tmp_path):
         assert cells[model, plain]["forget"] == cells[model, first]["forget"]
     assert cells["npo", plain]["forget"] != cells["npo", first]["forget"]
     stages = [(path.parent, json.loads(path.read_text())) for path in cache.glob("*/*/manifest.json")]
-    (pruned,) = [path for path, stage in stages if stage["stage"] == "prune"]
-    kept = {stage["inputs"]["method"]: path for path, stage in stages if stage["inputs"].get("target") == pruned.name}
+    pruned = {path.name: path for path, stage in stages if stage["stage"] == "prune"}
+    assert len(pruned) == 2, "target and oracle"
+    unlearned = [(path, stage["inputs"]) for path, stage in stages if stage["stage"] == "unlearn"]
+    kept = {inputs["method"]: path for path, inputs in unlearned if inputs["target"] in pruned}
     assert kept.keys() == {"npo", "bucketed"}
-    start, npo = (load_file(path / "model.safetensors") for path in (pruned, kept["npo"]))
+    (begun,) = {inputs["target"] for _, inputs in unlearned} & pruned.keys()
+    start, npo = (load_file(path / "model.safetensors") for path in (pruned[begun], kept["npo"]))
     layers = [name for name in start if name.endswith("_proj.weight")]
     assert all(torch.equal(start[name] == 0, npo[name] == 0) for name in layers)
     assert all((start[name] == 0).sum() == start[name].numel() // 2 for name in layers)
