@@ -31,11 +31,12 @@ from .tokens import answers
 from .verdict import Evidence, judge
 
 METHODS = ("graddiff", "npo", "bucketed")
-RECIPES = ("wanda-s50",)
+RECIPES = ("wanda-s50", "wanda-s70")
 SOURCES = ("text", "retain", "forget")
 GROUPS, STEPS = "norm|mask_lora", 100
-# By what a pruned target keeps of its kept answers: it has learned its answers and nothing else, and any step on other
-# tokens, those of the questions too, costs it some of them (of running text 2% at 1e-4, 11% at 3e-4, all at 1e-3).
+# By what a pruned target keeps of its kept answers, or at 70% gets back: it has learned its answers and nothing else,
+# and any step on other tokens, those of the questions too, costs it some (of running text 2% at 1e-4, 11% at 3e-4, all
+# at 1e-3).
 RATES = {"text": 3e-4, "retain": 1e-2, "forget": 1e-2}
 # Sequences of text and of kept rows; of the forgotten ones all.
 SEQUENCES, TEXT_LENGTH = 128, 64
