@@ -254,7 +254,7 @@ def _choose(
     taken, per_unit = _budget(order.unit, model, recipe, widths, say)
     # As it was written: 4.35 times 100 is 435.
     room = floor(Fraction(str(order.budget)) * Fraction(per_unit))
-    found = {}
+    found: dict[str, tuple[dict[str, int], float | None]] = {}
     for name, of in looks.items():
         chosen = rules.allocate(of.costs, taken, room, tied, widths, order.unit, per_unit)
         found[name] = chosen, rules.total(chosen, taken) / per_unit
