@@ -31,7 +31,7 @@ from .tokens import answers
 from .verdict import Evidence, judge
 
 METHODS = ("graddiff", "npo", "bucketed")
-RECIPES = ("wanda-s50", "wanda-s70")
+RECIPES = ("wanda-s50",)
 SOURCES = ("text", "retain", "forget")
 GROUPS, STEPS = "norm|mask_lora", 100
 # By what a pruned target keeps of its kept answers, or at 70% gets back: it has learned its answers and nothing else,
