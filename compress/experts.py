@@ -221,8 +221,9 @@ def fuse(state: Mapping[str, Tensor], parts: Mapping[str, Source]) -> dict[str, 
     there, or none."""
     found = {name: tensor for name, tensor in state.items() if name not in parts}
     fused: dict[str, list[str]] = {}
-    for name in state.keys() & parts.keys():
-        fused.setdefault(parts[name].key, []).append(name)
+    for name in state:
+        if name in parts:
+            fused.setdefault(parts[name].key, []).append(name)
     for key, names in fused.items():
         sources = [parts[name] for name in names]
         count = 1 + max(cast(int, source.expert) for source in sources)
