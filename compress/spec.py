@@ -337,6 +337,11 @@ class Calibration:
     def name(self) -> str:
         return ",".join(f"{f.name}:{getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
 
+    @property
+    def sources(self) -> set[str]:
+        """Those that it takes any sequences of."""
+        return {source for source in SOURCES if getattr(self, source)}
+
     def __str__(self) -> str:
         return self.name
 

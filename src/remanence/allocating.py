@@ -15,7 +15,7 @@ from .compress.places import local_model
 from .compress.recipe import Recipe
 from .compress.recipe_file import read_recipe
 from .compress.spec import BITS, Calibration, parse_calibration
-from .corpus import rows_by_source
+from .corpus import check_sources, rows_by_source
 from .errors import UsageError
 from .unlearn.data import QA, running_text
 
@@ -99,16 +99,10 @@ class Order:
 
     def _check_there(self, asked: Sequence[Calibration | None]) -> None:
         """ValueError where it is to be measured on data of a kind that is not given."""
-        given = {
-            "retain": self.retain is not None or self.data is not None,
-            "forget": self.forget is not None or self.data is not None,
-            "text": self.text is not None,
-        }
+        files = {"retain": self.retain, "forget": self.forget, "text": self.text}
         for calibration in filter(None, asked):
-            for source, there in given.items():
-                if getattr(calibration, source) and not there:
-                    raise ValueError(f"{source}: missing; {calibration} needs it; give --{source} FILE")
-        if asked[0] is None and self.measure != "random" and not (given["retain"] or given["text"]):
+            check_sources(calibration.sources, calibration, self.data, **files)
+        if asked[0] is None and self.measure != "random" and not (self.retain or self.data or self.text):
             raise ValueError(f"calibration: {self.measure} needs data; give --text FILE, --retain FILE, or --data")
 
     def parsed(self) -> Recipe:

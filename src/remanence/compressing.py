@@ -13,7 +13,7 @@ from .compress.places import local_model
 from .compress.recipe import Recipe
 from .compress.recipe_file import read_recipe
 from .compress.spec import parse_calibration
-from .corpus import rows_by_source
+from .corpus import check_sources, rows_by_source
 from .errors import UsageError
 from .unlearn.data import QA, running_text
 
@@ -74,18 +74,11 @@ class Order:
 
     def _check_there(self, recipe: Recipe) -> None:
         """ValueError where the recipe needs data of a kind that is not given."""
-        given = {
-            "retain": self.retain is not None or self.data is not None,
-            "forget": self.forget is not None or self.data is not None,
-            "text": self.text is not None,
-        }
-        wanted = {source for source in given if recipe.calibration and getattr(recipe.calibration, source)}
+        wanted = set() if recipe.calibration is None else recipe.calibration.sources
         if recipe.retrain is not None:
             wanted.add(recipe.retrain.source)
-        for source, there in given.items():
-            if source in wanted and not there:
-                raise ValueError(f"{source}: missing; {recipe} needs it; give --{source} FILE")
-        if recipe.calibrated and recipe.calibration is None and not (given["retain"] or given["text"]):
+        check_sources(wanted, recipe, self.data, retain=self.retain, forget=self.forget, text=self.text)
+        if recipe.calibrated and recipe.calibration is None and not (self.retain or self.data or self.text):
             raise ValueError(f"calibration: {recipe} needs data; give --text FILE, --retain FILE, or --data")
 
     def parsed(self) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ def rows_by_source(
         corpus = load_corpus(AuditConfig(data=data, data_dir=data_dir, seed=seed, **given))
         return {"retain": corpus.retain, "forget": corpus.forget}
     return {name: read_rows(path) for name, path in (("retain", retain), ("forget", forget)) if path}
+
+
+def check_sources(wanted: Collection[str], what: object, data: str | None, **files: str | None) -> None:
+    """ValueError where `what` needs data of a kind that is not given. files: of retain and forget rows, of text; `data`
+    has rows of both kinds."""
+    for source, file in files.items():
+        if source in wanted and file is None and (source == "text" or data is None):
+            raise ValueError(f"{source}: missing; {what} needs it; give --{source} FILE")
 
 
 def _tofu(config: AuditConfig) -> Corpus:

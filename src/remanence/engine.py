@@ -194,7 +194,8 @@ class _Run:
         for number, (model, recipe) in enumerate(pairs, 1):
             made, start = (self._before(of, recipe, measures, before) for of in (model, self.target))
             if isinstance(made, str) or isinstance(start, str):
-                cells.append(CellScores(model.name, model.control, recipe, {"error": f"{start}"}))
+                why = made if isinstance(made, str) else start
+                cells.append(CellScores(model.name, model.control, recipe, {"error": why}))
                 continue
             inputs = {
                 "version": STAGE_VERSIONS["cell"],
