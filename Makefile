@@ -11,6 +11,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 OUT ?= remanence-audit
 # Test processes; each takes one thread, as models this small gain nothing from more.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# As CMake looks for one: CXX, or else by its names.
+COMPILER := { command -v "$${CXX:-c++}" || { [ -z "$$CXX" ] && command -v g++; }; } >/dev/null
 
 .PHONY: audit test check clean
 
@@ -28,14 +30,15 @@ check: $(STAMP)
 	python="$$(cd "$(BIN)" && pwd)/python"; config="$$PWD/pyproject.toml"; \
 		cd build/typed && "$$python" -m mypy --config-file "$$config" -p remanence
 
+# Without a compiler the stamp stays away: the next make looks again.
 # torch first and alone: any other order may bring the newest build with gigabytes of CUDA libraries.
 $(STAMP): $(SOURCES) | environment
-	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || { echo "no C++ compiler: install one (Debian: apt install g++) and run make again" >&2; exit 1; }
-	@"$(BIN)/python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+	@$(COMPILER) || echo "no C++ compiler: going on without native kernels, plain torch computes, slowly; once there is one (Debian: apt install g++) run make again" >&2
+	@! $(COMPILER) || "$(BIN)/python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
 		|| { echo "no Python.h: install Python's headers (Debian: apt install python3-dev) and run make again" >&2; exit 1; }
 	"$(BIN)/python" -c 'import torch' 2>/dev/null || "$(BIN)/python" -m pip install -q torch==2.13.0
 	"$(BIN)/python" -m pip install -q -e '.[test]'
-	@mkdir -p build && touch $@
+	@! $(COMPILER) || { mkdir -p build && touch $@; }
 
 # Debian's python3 without python3-venv cannot put pip into a new environment; the pip outside can.
 .PHONY: environment

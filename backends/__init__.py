@@ -1,1 +1,1 @@
-"""What the machine is: its processor, memory, and how time and memory are measured on it."""
+"""What the machine is: its devices, their memory, and how time and memory are measured on them."""

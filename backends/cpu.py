@@ -1,9 +1,10 @@
-"""The CPU: what it is, and how memory is measured on it."""
+"""The CPU: what it is, and how time and memory are measured on it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,32 +13,72 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .device import PEAKS, Peak
+from .memory import available_memory, total_memory
 
-def cpu_info() -> dict[str, Any]:
-    """Processor name, usable cores, threads torch uses, memory in bytes (the cgroup's limit where there is one)."""
-    return {
-        "name": _name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
-    }
+
+class CpuDevice:
+    """The processor, and as many of its cores as this process may use."""
+
+    name = kind = "cpu"
+    torch_device = torch.device("cpu")
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "name": _name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": total_memory(),
+        }
+
+    def free_memory(self) -> int:
+        return available_memory()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: an op on a CPU returns when it is done."""
+
+    def timed(self) -> Stopwatch:
+        return Stopwatch()
+
+    def peak_memory(self, held: int = 0) -> PeakMemory:
+        return PeakMemory(held)
+
+    def peaks(self) -> dict[str, Peak | None]:
+        """None are known: a CPU names its instructions, but neither how many of them it starts in a cycle nor its clock
+        under load, nor what its memory gives."""
+        return dict.fromkeys(PEAKS)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction set extensions as /proc/cpuinfo names them; empty where there is no such file."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
 
 
 def _name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _memory() -> int:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        return min(total, int(text))
-    return total
+def _cpuinfo(field: str) -> str | None:
+    """Of the first core."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = (value for name, _, value in (line.partition(":") for line in lines) if name.strip() == field)
+    return next(values, "").strip() or None
+
+
+class Stopwatch:
+    """seconds: of a block, on the clock that only goes forward."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
 
 
 class PeakMemory(TorchDispatchMode):

@@ -11,7 +11,7 @@ from inspect import signature
 from typing import Any
 
 BENCHES = {
-    "w4-linear": ("w4_linear", "the native W4A16 linear beside torch's fp32, bf16 and int4 linears"),
+    "kernels": ("kernels", "the kernels beside their peers: one linear layer, a whole model, a GPU"),
     "unlearning": ("unlearning", "every training method on real TOFU rows: forgets, keeps, survives 4 bits, costs"),
     "ptq": (
         "ptq",

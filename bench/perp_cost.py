@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ..compress.footprint import peak_rss, reset_peak
+from ..backends.memory import peak_rss, reset_peak
 from ..compress.recipe import parse_recipe
 from ..compress.retrain import masks_of, retrain_
 from ..compress.sequential import compress_

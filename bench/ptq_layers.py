@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..compress.footprint import peak_rss, reset_peak, rss
+from ..backends.memory import peak_rss, reset_peak, rss
 from ..compress.gptq import gptq
 from ..compress.hessian import Hessian
 from ..compress.spec import QuantSpec

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..backends.cpu import PeakMemory
+from ..backends.device import device
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,19 @@ def decode_speed(
     """
 
     def run(count: int) -> float:
-        start = time.perf_counter()
-        network.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-        )
-        return time.perf_counter() - start
+        with where.timed() as timer:
+            network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+            )
+        return timer.seconds
 
+    where = device(str(model.device))
     network: Any = model  # transformers types generate as what may be a tensor
     ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
@@ -53,9 +53,13 @@ def decode_speed(
         for _ in range(repeats):
             prefill = run(1)
             rates.append(new_tokens / max(run(new_tokens + 1) - prefill, 1e-9))
-        storages = {s.data_ptr(): s for t in (*model.parameters(), *model.buffers()) if (s := t.untyped_storage())}
-        held = sum(storage.nbytes() for storage in storages.values())
-        with PeakMemory(held) as memory:
+        with where.peak_memory(held_bytes(model)) as memory:
             run(new_tokens + 1)
     middle = statistics.median(rates)
     return DecodeSpeed(middle, (max(rates) - min(rates)) / middle, repeats, new_tokens, memory.peak_bytes)
+
+
+def held_bytes(model: PreTrainedModel) -> int:
+    """Of all parameters and buffers, each memory once."""
+    storages = {s.data_ptr(): s for t in (*model.parameters(), *model.buffers()) if (s := t.untyped_storage())}
+    return sum(storage.nbytes() for storage in storages.values())

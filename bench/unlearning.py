@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..backends.cpu import PeakMemory
+from ..backends.memory import peak_rss
 from ..compress.checkpoint import load_model, load_tokenizer, max_length, save_model
-from ..compress.footprint import peak_rss
 from ..compress.places import base_directory
 from ..compress.recipe import parse_recipe
 from ..compress.sequential import quantize_

@@ -46,7 +46,7 @@ from .files import atomic_dir, read_json
 from .formats import compressed_tensors as ct
 from .formats import sparse24
 from .integration import mark, read_mark
-from .linear import QuantLinear
+from .linear import QuantLinear, prepack_
 from .places import local_model
 from .recipe import DENSE, Recipe
 from .sparse_linear import layers_24
@@ -381,7 +381,7 @@ def _load_quantized(directory: Path, quantization: object) -> PreTrainedModel:
     if lost or unexpected:
         raise ValueError(f"{directory}: missing tensors {lost[:3]}, unexpected tensors {list(unexpected)[:3]}")
     if schemes is not None:
-        adopt_(model, recipe=read_mark(quantization))
+        adopt_(prepack_(model), recipe=read_mark(quantization))
     return model
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import ops
+
 KINDS = ("hadamard", "orthogonal")
 
 
@@ -73,15 +75,10 @@ def apply_hadamard(x: Tensor, core: Tensor, signs: Tensor) -> Tensor:
 
     One matmul with the core and k additions per number, in float32 or wider; the result has the dtype of x.
     """
-    n, m = x.shape[-1], len(core)
+    m = len(core)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = (x.to(wide) * signs.to(wide)).reshape(-1, n // m, m) @ core.to(wide).T
-    width = 1
-    while width < n // m:
-        first, second = y.reshape(-1, 2, width * m).unbind(1)
-        y = torch.stack((first + second, first - second), 1)
-        width *= 2
-    return (y.reshape(x.shape) * (n // m) ** -0.5).to(x.dtype)
+    y = (x.to(wide) * signs.to(wide)).unflatten(-1, (-1, m)) @ core.to(wide).T  # [..., 2^k, m]
+    return ops.hadamard(y.transpose(-1, -2)).transpose(-1, -2).flatten(-2).to(x.dtype)
 
 
 class OnlineHadamard(nn.Module):

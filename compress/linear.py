@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels import ops
 from ..kernels.ops import dequantize, pack, unpack
 from .rtn import QTensor
 from .spec import ActivationSpec, QuantSpec
+
+Model = TypeVar("Model", bound=nn.Module)
+_STORED = ("packed", "scale", "zero")
 
 
 class QuantLinear(nn.Module):
@@ -18,6 +22,8 @@ class QuantLinear(nn.Module):
     packed  [N, 4*ceil(K*bits/32)] uint8, the stored layout (see kernels/reference.py)
     scale   [N, K/G], the dtype it is stored in
     zero    uint8 [N, K/G]; None in symmetric formats: 2^(bits-1)
+    blocks  instead of these three, once `prepack_` was called: the run-time layout of this machine's kernels. The three
+            are then worked out when asked for, and a state_dict has them and nothing else
     bias    [N] or None, the model's dtype
     activation  how x is rounded; None: it is not
     x_scale, x_zero   float32 [1] and int32 [1], of a static activation; else None
@@ -28,6 +34,7 @@ class QuantLinear(nn.Module):
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
+    blocks: Tensor | None
     bias: Tensor | None
     x_scale: Tensor | None
     x_zero: Tensor | None
@@ -49,6 +56,7 @@ class QuantLinear(nn.Module):
         self.out_features = packed.shape[0]
         self.replaces = "Linear"
         self.transform: nn.Module | None = None
+        self.register_buffer("blocks", None, persistent=False)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -76,19 +84,76 @@ class QuantLinear(nn.Module):
         """x [..., K] -> [..., N] in the dtype of x."""
         if self.transform is not None:
             x = self.transform(x)
-        weight = (self.packed, self.scale, self.zero, self.bias, self.spec.bits)
-        a = self.activation
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._multiply(x)
+        # Without a gradient torch would still look for one, in Python: a third of what a call costs beside the kernel.
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        held, a = self._buffers, self.activation  # held: a buffer as an attribute takes torch a microsecond to find
+        blocks, bias = held["blocks"], held["bias"]
+        if blocks is not None:
+            weight = (blocks, bias, self.out_features, *self._form)
+            if a is None:
+                return torch.ops.remanence.prepacked_linear(x, *weight)
+            grid = (held["x_scale"], held["x_zero"])
+            return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.symmetric, a.clip)
+        stored = (self.packed, self.scale, self.zero, bias, self.spec.bits)
         if a is None:
-            return torch.ops.remanence.w4a16_linear(x, *weight)
-        return torch.ops.remanence.integer_linear(x, self.x_scale, self.x_zero, *weight, a.bits, a.symmetric, a.clip)
+            return torch.ops.remanence.w4a16_linear(x, *stored)
+        return torch.ops.remanence.integer_linear(x, self.x_scale, self.x_zero, *stored, a.bits, a.symmetric, a.clip)
+
+    def prepack_(self) -> QuantLinear:
+        """Lay the weight out for the kernels of its device, where they have a layout of their own: on a CPU."""
+        packed = self._buffers["packed"]
+        if packed is not None and packed.device.type == "cpu" and ops.available_isas():
+            scale, zero = self.scale, self.zero
+            self._form = (scale.shape[1], self.spec.bits, ops.SCALE_TYPES[scale.dtype], zero is not None)
+            self.blocks = ops.prepack(packed, scale, zero, self.spec.bits, self.in_features)
+            self._buffers.update(dict.fromkeys(_STORED))
+        return self
+
+    def unprepack_(self) -> QuantLinear:
+        """The stored layout again."""
+        if self.blocks is not None:
+            self.packed, self.scale, self.zero = self._stored()
+            self.blocks = None
+        return self
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """packed, scale, zero, of `blocks`."""
+        assert self.blocks is not None
+        n, form = self.out_features, self._form
+        packed, scale, zero = torch.ops.remanence.unprepack(self.blocks, n, self.in_features, *form)
+        return packed, scale, zero if form[-1] else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _STORED and self._buffers.get("blocks") is not None:
+            return self._stored()[_STORED.index(name)]
+        return super().__getattr__(name)
 
     def _apply(self, *args: Any, **kwargs: Any) -> QuantLinear:
         """As for any module, but the static grid keeps its dtype: `model.to(dtype)` is about the model's numbers."""
-        x_scale = self.x_scale
+        x_scale, prepacked = self.x_scale, self.blocks is not None
+        self.unprepack_()
         super()._apply(*args, **kwargs)
         if x_scale is not None and self.x_scale is not None and self.x_scale.dtype != x_scale.dtype:
             self.x_scale = x_scale.to(self.x_scale.device)
-        return self
+        return self.prepack_() if prepacked else self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.blocks is not None:
+            stored = zip(_STORED, self._stored(), strict=True)
+            destination.update({f"{prefix}{name}": tensor for name, tensor in stored if tensor is not None})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        prepacked = self.blocks is not None
+        self.unprepack_()
+        super()._load_from_state_dict(*args, **kwargs)
+        if prepacked:
+            self.prepack_()
 
     def codes(self) -> Tensor:
         """[N, K] uint8."""
@@ -96,6 +161,10 @@ class QuantLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """[N, K] float32."""
+        if self.blocks is not None:
+            return torch.ops.remanence.dequantize_prepacked(
+                self.blocks, self.out_features, self.in_features, *self._form
+            )
         return dequantize(self.packed, self.scale, self.zero, self.spec.bits, self.in_features)
 
     def extra_repr(self) -> str:
@@ -105,3 +174,11 @@ class QuantLinear(nn.Module):
             + ("" if spec.symmetric else ", asymmetric")
             + ("" if self.activation is None else f", activation={self.activation}")
         )
+
+
+def prepack_(model: Model) -> Model:
+    """Lay every packed layer out for the kernels of its device, in place, one after another."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepack_()
+    return model

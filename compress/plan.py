@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..backends.memory import peak_rss, reset_peak, rss
 from .block import Block, Hidden, enter
-from .footprint import Machine, Prediction, peak_rss, reset_peak, rss, steady_heap, trim_heap
+from .footprint import Machine, Prediction, steady_heap, trim_heap
 from .prune import cut_of
 from .recipe import Recipe
 from .sequential import compress_block_, make_block, needs_dense, round_

@@ -140,7 +140,7 @@ class PackedQuantizer(HfQuantizer):
                 raise ValueError(f"device_map: {name} was offloaded; packed layers have to fit the devices")
             layer = ct.unpack_layer(name, tensors, self.quantization_config.schemes.of(name))
             layer.replaces, layer.transform = stored.replaces, stored.transform
-            replace(model, name, layer.train(model.training))
+            replace(model, name, layer.prepack_().train(model.training))
             if hasattr(stored, "_hf_hook"):  # moves the input to the layer's device, in models spread over several
                 from accelerate.hooks import add_hook_to_module
 

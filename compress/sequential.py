@@ -26,6 +26,7 @@ from .checkpoint import adopt_
 from .experts import unfuse_experts_
 from .gate import one_by_one, through_gate
 from .knobs import CALIBRATED, make_options
+from .linear import prepack_
 from .prune import Cut, Pruned, by_magnitude, zeros_note
 from .recipe import Recipe
 from .retrain import masks_of, retrain_
@@ -207,7 +208,7 @@ def quantize_(
         if not finite(parameter):
             raise ValueError(f"{recipe}: {name}: contains NaN or infinity")
     _walk(model, recipe, layers, batches, report)
-    adopt_(model, recipe)
+    adopt_(prepack_(model), recipe)
     return model
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..backends.memory import available_memory
 from .block import Block, Calls, Hidden, Linear, block_names, enter
 from .checkpoint import (
     OWN_STEM,
@@ -38,7 +39,7 @@ from .checkpoint import (
 )
 from .experts import fuse, fused_on_disk, unfuse_experts_
 from .files import atomic_dir, publish, read_json, write_json
-from .footprint import available_memory, steady_heap, trim_heap
+from .footprint import steady_heap, trim_heap
 from .formats import compressed_tensors as ct
 from .gate import one_by_one
 from .integration import mark

@@ -8,6 +8,8 @@ padded with zeros to whole int32 words.
 import torch
 import torch.nn.functional as F
 
+_BLOCK = 64  # rows of a block, kBlockRows in csrc/blocks.h
+
 
 def packed_width(k: int, bits: int) -> int:
     """Bytes in a packed row of `k` codes: whole int32 words, as compressed-tensors stores them."""
@@ -51,6 +53,122 @@ def w4a16_linear(
     w = dequantize(packed, scale, zero, bits, x.shape[-1])
     y = F.linear(x.float(), w, None if bias is None else bias.float())
     return y.to(x.dtype)
+
+
+def prepacked_bytes(n: int, k: int, groups: int, bits: int, scale_type: int, zero: bool) -> int:
+    """Size of a weight in the CPU's run-time layout (csrc/blocks.h)."""
+    step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
+    rows = (n + _BLOCK - 1) // _BLOCK * _BLOCK
+    steps = (k // groups + step - 1) // step
+    return rows * groups * (steps * step * bits // 8 + (2 if scale_type else 4) + zero)
+
+
+def prepack(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int) -> torch.Tensor:
+    """The stored layout -> blocks uint8 [prepacked_bytes], each of 64 rows: words [G, steps, lines, 64, 4], scale
+    [G, 64], zero [G, 64] where there is one."""
+    n, groups = scale.shape
+    step = 32 if bits == 3 else 32 // bits
+    codes = unpack(packed, bits, k).reshape(n, groups, k // groups)
+    codes = F.pad(codes, (0, -(k // groups) % step, 0, 0, 0, -n % _BLOCK))
+    quads = codes.reshape(-1, _BLOCK, groups, codes.shape[2] // step, step // 4, 4)  # [N/64, 64, G, steps, quads, 4]
+    if bits == 3:
+        low = [_or((quads & 3)[..., 4 * i : 4 * i + 4, :], 2) for i in range(2)]
+        lines = torch.stack((*low, _or(quads >> 2, 1)), -2)
+    else:
+        lines = _or(quads, bits)[..., None, :]
+    parts = [lines.permute(0, 2, 3, 4, 1, 5)]
+    for values in (scale, zero):
+        if values is not None:
+            rows = F.pad(values, (0, 0, 0, -n % _BLOCK)).reshape(-1, _BLOCK, groups)
+            parts.append(rows.transpose(1, 2).contiguous().view(torch.uint8))
+    return torch.cat([part.flatten(1) for part in parts], 1).reshape(-1)
+
+
+def unprepack(
+    blocks: torch.Tensor, n: int, k: int, groups: int, bits: int, scale_type: int, zero: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Exactly undoes `prepack` -> packed, scale, zero ([0, G] where there is none)."""
+    dtype = (torch.float32, torch.float16, torch.bfloat16)[scale_type]
+    step = 32 if bits == 3 else 32 // bits
+    count = (n + _BLOCK - 1) // _BLOCK
+    steps = (k // groups + step - 1) // step
+    width = groups * _BLOCK
+    sizes = (width * steps * step * bits // 8, width * dtype.itemsize, width * zero)
+    words, scales, zeros = blocks.reshape(count, sum(sizes)).split(sizes, 1)
+    lines = words.reshape(count, groups, steps, -1, _BLOCK, 4)
+    lines = lines.permute(0, 4, 1, 2, 3, 5)  # [N/64, 64, G, steps, lines, 4]
+    if bits == 3:
+        low = lines[..., :2, None, :] >> 2 * _range(4, blocks)[:, None] & 3
+        high = lines[..., 2:, :] >> _range(8, blocks)[:, None] & 1
+        quads = low.flatten(-3, -2) | high << 2
+    else:
+        quads = lines >> bits * _range(8 // bits, blocks)[:, None] & 2**bits - 1
+    codes = quads.reshape(count * _BLOCK, groups, -1)[:n, :, : k // groups].reshape(n, k)
+
+    def rows(values: torch.Tensor) -> torch.Tensor:
+        return values.reshape(-1, groups, _BLOCK).transpose(1, 2).reshape(-1, groups)[:n].contiguous()
+
+    return pack(codes, bits), rows(scales.clone().view(dtype)), rows(zeros)
+
+
+def dequantize_prepacked(
+    blocks: torch.Tensor, n: int, k: int, groups: int, bits: int, scale_type: int, zero: bool
+) -> torch.Tensor:
+    """As `dequantize`, of the run-time layout."""
+    return dequantize(*_stored(blocks, n, k, groups, bits, scale_type, zero), bits, k)
+
+
+def prepacked_linear(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    groups: int,
+    bits: int,
+    scale_type: int,
+    zero: bool,
+) -> torch.Tensor:
+    """As `w4a16_linear`, of the run-time layout."""
+    return w4a16_linear(x, *_stored(blocks, n, x.shape[-1], groups, bits, scale_type, zero), bias, bits)
+
+
+def prepacked_integer_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero: torch.Tensor | None,
+    blocks: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    groups: int,
+    bits: int,
+    scale_type: int,
+    zero: bool,
+    x_bits: int,
+    symmetric: bool,
+    clip: float,
+) -> torch.Tensor:
+    """As `integer_linear`, of the run-time layout."""
+    weight = _stored(blocks, n, x.shape[-1], groups, bits, scale_type, zero)
+    return integer_linear(x, x_scale, x_zero, *weight, bias, bits, x_bits, symmetric, clip)
+
+
+def _stored(
+    blocks: torch.Tensor, n: int, k: int, groups: int, bits: int, scale_type: int, zero: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    packed, scale, zeros = unprepack(blocks, n, k, groups, bits, scale_type, zero)
+    return packed, scale, zeros if zero else None
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x [..., 2^j] times Sylvester's Hadamard matrix over the root of its size, in float32 or wider -> in x's dtype."""
+    n = x.shape[-1]
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, n)
+    width = 1
+    while width < n:
+        first, second = y.reshape(-1, 2, width).unbind(1)
+        y = torch.stack((first + second, first - second), 1)
+        width *= 2
+    return (y.reshape(x.shape) * n**-0.5).to(x.dtype)
 
 
 def quantize_per_token(
@@ -99,12 +217,14 @@ def integer_linear(
         assert x_zero is not None
         codes = quantize_with(x, x_scale, x_zero, x_bits)
     n, groups = scale.shape
-    k = x.shape[-1]
-    middle = 2 ** (bits - 1) if zero is None else zero[..., None].long()
-    w = unpack(packed, bits, k).reshape(n, groups, k // groups).long() - middle
-    a = (codes.long() - x_zero).reshape(-1, groups, k // groups)
-    sums = (a.movedim(1, 0) @ w.movedim(1, 0).mT).movedim(0, 2)  # [M, N, G]
-    y = (sums.double() * scale.double()).sum(-1).reshape(*x.shape[:-1], n) * x_scale.double()
+    size = x.shape[-1] // groups
+    middle = 2 ** (bits - 1) if zero is None else zero[..., None].double()
+    w = unpack(packed, bits, x.shape[-1]).reshape(n, groups, size).double() - middle
+    a = (codes.double() - x_zero).reshape(-1, groups, size)
+    y = a.new_zeros(len(a), n)
+    for g in range(groups):  # in float64 sums of integers are exact
+        y += (a[:, g] @ w[:, g].T) * scale[:, g].double()
+    y = y.reshape(*x.shape[:-1], n) * x_scale.double()
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
@@ -145,6 +265,11 @@ def clip_error(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, 
         off = ((codes - middle) * s - w).abs()
         errors.append((off**2.4).sum(1).masked_fill(s[:, 0] == 0, torch.inf))
     return torch.stack(errors, 1) if errors else torch.empty_like(scale)
+
+
+def _or(quads: torch.Tensor, bits: int) -> torch.Tensor:
+    """[..., quads, 4] -> [..., 4]: each quad `bits` bits above the one before."""
+    return (quads << bits * _range(quads.shape[-2], quads)[:, None]).sum(-2, dtype=torch.uint8)
 
 
 def _range(count: int, like: torch.Tensor) -> torch.Tensor:

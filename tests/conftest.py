@@ -1,5 +1,6 @@
 """What all tests share: the check that the package is installed, the real data, one small model trained for real."""
 
+import importlib.util
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Processes side by side share the cores; whatever they start takes one thread too.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _interpret_triton():
+    """Without a GPU Triton's kernels run in its interpreter. Triton asks when it is imported, and many a library imports
+    it: so before the first test file, for the whole process."""
+    import torch
+
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+_interpret_triton()
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "isa.h"
+#include "rows_wide.h"
 
 namespace remanence {
 namespace {
@@ -36,7 +37,7 @@ void unpack_row(const uint8_t* packed, int64_t k, int bits, uint8_t* codes) {
         const __m256i lanes = _mm256_shuffle_epi8(_mm256_set_m128i(high, low), shuffle);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), spread(lanes, bits));
     }
-    scalar_kernels.unpack_row(packed, k - i, bits, codes + i);
+    scalar::unpack_row(packed, k - i, bits, codes + i);
 }
 
 void scale_row(const uint8_t* codes, const float* scale, const float* zero, int64_t groups, int64_t group_size,
@@ -54,27 +55,105 @@ void scale_row(const uint8_t* codes, const float* scale, const float* zero, int6
     }
 }
 
-inline float sum_lanes(__m256 v) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
+struct Vec {
+    static constexpr int kLanes = 8;
+    using F = __m256;
+    using I = __m256i;
 
-// Four sums in flight hide the latency of the FMA.
-float dot(const float* a, const float* b, int64_t k) {
-    __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-    int64_t i = 0;
-    for (; i + 32 <= k; i += 32)
-        for (int j = 0; j < 4; ++j)
-            sums[j] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * j), _mm256_loadu_ps(b + i + 8 * j), sums[j]);
-    for (; i + 8 <= k; i += 8) sums[0] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sums[0]);
-    float total = sum_lanes(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
-    for (; i < k; ++i) total += a[i] * b[i];
-    return total;
-}
+    static F zero() { return _mm256_setzero_ps(); }
+    static F spread(float value) { return _mm256_set1_ps(value); }
+    static F spread(const float* x) { return _mm256_broadcast_ss(x); }
+    static I set(int32_t value) { return _mm256_set1_epi32(value); }
+    static I broadcast(const int8_t* x) {
+        return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+    }
+    static I load(const uint8_t* words) { return _mm256_loadu_si256(reinterpret_cast<const I*>(words)); }
+    static void store_words(uint8_t* words, I v) { _mm256_storeu_si256(reinterpret_cast<I*>(words), v); }
+    static F load_floats(const float* x) { return _mm256_loadu_ps(x); }
+    static void store(float* x, F v) { _mm256_storeu_ps(x, v); }
+    static I load_bytes(const uint8_t* x) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+    }
+    static F scale(const void* scale, ScaleType type, int64_t at) {
+        if (type == ScaleType::float32) return _mm256_loadu_ps(static_cast<const float*>(scale) + at);
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(scale) + at));
+        if (type == ScaleType::float16) return _mm256_cvtph_ps(halves);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+
+    static I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
+    static I shift_left(I v, int bits) { return _mm256_slli_epi32(v, bits); }
+    static I and_(I a, I b) { return _mm256_and_si256(a, b); }
+    static I or_(I a, I b) { return _mm256_or_si256(a, b); }
+    static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
+    static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+    static F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static F min(F a, F b) { return _mm256_min_ps(a, b); }
+    static F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static I nearest(F v) { return _mm256_cvtps_epi32(v); }
+    static I where_equal(F a, F b, I then, I otherwise) {
+        return _mm256_blendv_epi8(otherwise, then, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
+    }
+    static void store_bytes(int8_t* out, I v) {
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
+    }
+
+    template <int BITS>
+    static constexpr int offset() {
+        return 0;
+    }
+    template <int BITS>
+    static F small(I v) {
+        return to_float(and_(v, set((1 << BITS) - 1)));
+    }
+
+    // Products of a byte's pair are summed in 16 bits: 4 * 15 * 128 fits, 2 * 255 * 128 would not.
+    static I dot_two(I sum, I codes, I x, I more, I other) {
+        const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(codes, x), _mm256_maddubs_epi16(more, other));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static I dot_wide(I sum, I codes, I x) {
+        const I low = _mm256_maddubs_epi16(and_(codes, set(0x0f0f0f0f)), x);
+        const I high = _mm256_maddubs_epi16(and_(shift_right(codes, 4), set(0x0f0f0f0f)), x);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    }
+};
+
+// Sixteen registers: whole lines at one row of x, else pairs of vectors.
+constexpr int kDirectVectors[] = {8, 2, 2, 2, 2};
+constexpr int kPanelVectors = 2;
 
 }  // namespace
+}  // namespace remanence
 
-const Kernels avx2_kernels = {"avx2", unpack_row, scale_row, dot};
+#include "tiles.h"
+
+#include "panel_int8.h"
+
+namespace remanence {
+
+const Kernels avx2_kernels = {"avx2",
+                              unpack_row,
+                              scale_row,
+                              load_row,
+                              store_row,
+                              quantize_row,
+                              hadamard_row,
+                              read_bytes,
+                              peak_float,
+                              peak_int8,
+                              nullptr,
+                              kLanes,
+                              {direct_int8, place_int8, 8, kAlways, expand_int8, panel_int8, 64, 1024},
+                              {direct_float, place_float, kAlways, kAlways, expand_float, panel_float, 256, 512},
+                              {}};
 
 }  // namespace remanence

@@ -1,83 +1,42 @@
-// AVX-512 F, BW, VL, DQ kernels; the tails are masked. No std:: templates here, as in avx2.cpp.
+// The table of AVX-512 F, BW, VL, DQ (Skylake): bytes are multiplied as in avx2.cpp.
 #include <immintrin.h>
 
-#include "isa.h"
-
-namespace remanence {
 namespace {
 
-// As in avx2.cpp: eight codes in a 64-bit lane, halved three times until every byte holds one code.
-inline __m512i halve(__m512i lanes, int shift, uint64_t mask) {
-    const __m512i moved = _mm512_sll_epi64(lanes, _mm_cvtsi32_si128(shift));
-    return _mm512_and_si512(_mm512_or_si512(lanes, moved), _mm512_set1_epi64(int64_t(mask)));
-}
-
-inline __m512i spread(__m512i lanes, int bits) {
-    lanes = halve(lanes, 32 - 4 * bits, ((1ULL << 4 * bits) - 1) * 0x0000000100000001ULL);
-    lanes = halve(lanes, 16 - 2 * bits, ((1ULL << 2 * bits) - 1) * 0x0001000100010001ULL);
-    return halve(lanes, 8 - bits, ((1ULL << bits) - 1) * 0x0101010101010101ULL);
-}
-
-inline __m128i load16(const uint8_t* bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)); }
-
-// Puts bytes 0 .. bits-1 in the lower 64-bit lane, the next `bits` in the upper one, zeros above each.
-inline __m128i lane_shuffle(int bits) {
-    uint8_t index[16];
-    for (int i = 0; i < 16; ++i) index[i] = i % 8 < bits ? uint8_t(i / 8 * bits + i % 8) : uint8_t(128);
-    return load16(index);
-}
-
-// Bytes of 64 codes, two lanes of 8 codes from each load: 6 * bits + 16 bytes are read, 8 * bits used.
-inline __m512i load_lanes(const uint8_t* packed, int bits) {
-    __m512i lanes = _mm512_castsi128_si512(load16(packed));
-    lanes = _mm512_inserti64x2(lanes, load16(packed + 2 * bits), 1);
-    lanes = _mm512_inserti64x2(lanes, load16(packed + 4 * bits), 2);
-    return _mm512_inserti64x2(lanes, load16(packed + 6 * bits), 3);
-}
-
-void unpack_row(const uint8_t* packed, int64_t k, int bits, uint8_t* codes) {
-    const __m512i shuffle = _mm512_broadcast_i64x2(lane_shuffle(bits));
-    const uint8_t* const end = packed + packed_width(k, bits);
-    int64_t i = 0;
-    for (; i + 64 <= k && end - packed >= 6 * bits + 16; i += 64, packed += 8 * bits) {
-        const __m512i lanes = _mm512_shuffle_epi8(load_lanes(packed, bits), shuffle);
-        _mm512_storeu_si512(codes + i, spread(lanes, bits));
+struct Dot {
+    static __m512i dot_two(__m512i sum, __m512i codes, __m512i x, __m512i more, __m512i other) {
+        const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(codes, x), _mm512_maddubs_epi16(more, other));
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
     }
-    scalar_kernels.unpack_row(packed, k - i, bits, codes + i);
-}
-
-inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
-
-void scale_row(const uint8_t* codes, const float* scale, const float* zero, int64_t groups, int64_t group_size,
-               float* w) {
-    for (int64_t g = 0; g < groups; ++g, codes += group_size, w += group_size) {
-        const __m512 s = _mm512_set1_ps(scale[g]);
-        const __m512 z = _mm512_set1_ps(zero[g]);
-        for (int64_t i = 0; i < group_size; i += 16) {
-            const __mmask16 mask = first(group_size - i);
-            const __m128i bytes = _mm_maskz_loadu_epi8(mask, codes + i);
-            const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-            _mm512_mask_storeu_ps(w + i, mask, _mm512_mul_ps(_mm512_sub_ps(code, z), s));
-        }
+    static __m512i dot_wide(__m512i sum, __m512i codes, __m512i x) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i low = _mm512_maddubs_epi16(_mm512_and_si512(codes, nibble), x);
+        const __m512i high = _mm512_maddubs_epi16(_mm512_and_si512(_mm512_srli_epi32(codes, 4), nibble), x);
+        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(low, _mm512_set1_epi16(1)));
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(high, _mm512_set1_epi16(16)));
     }
-}
-
-// Four sums in flight hide the latency of the FMA.
-float dot(const float* a, const float* b, int64_t k) {
-    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    int64_t i = 0;
-    for (; i + 64 <= k; i += 64)
-        for (int j = 0; j < 4; ++j)
-            sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * j), _mm512_loadu_ps(b + i + 16 * j), sums[j]);
-    for (; i < k; i += 16) {
-        const __mmask16 mask = first(k - i);
-        sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, a + i), _mm512_maskz_loadu_ps(mask, b + i), sums[0]);
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
-}
+};
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", unpack_row, scale_row, dot};
+#include "avx512.h"
+
+namespace remanence {
+
+const Kernels avx512_kernels = {"avx512",
+                                avx512::unpack_row,
+                                avx512::scale_row,
+                                load_row,
+                                store_row,
+                                quantize_row,
+                                hadamard_row,
+                                read_bytes,
+                                peak_float,
+                                peak_int8,
+                                nullptr,
+                                kLanes,
+                                {direct_int8, place_int8, kAlways, kAlways, nullptr, nullptr, 0, 0},
+                                {direct_float, place_float, kAlways, kAlways, expand_float, panel_float, 256, 512},
+                                {}};
 
 }  // namespace remanence

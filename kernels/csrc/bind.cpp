@@ -4,7 +4,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "blocks.h"
 #include "gptq.h"
+#include "linear.h"
+#include "probe.h"
 #include "rows.h"
 
 namespace nb = nanobind;
@@ -36,10 +39,63 @@ void dequantize(uintptr_t packed, uintptr_t scale, int scale_type, uintptr_t zer
     remanence::dequantize(weight_at(packed, scale, scale_type, zero, n, k, groups, bits), at<float>(w), threads);
 }
 
-void linear(uintptr_t x, uintptr_t packed, uintptr_t scale, int scale_type, uintptr_t zero, uintptr_t bias,
-            uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t groups, int bits, int threads) {
-    remanence::linear(at<const float>(x), weight_at(packed, scale, scale_type, zero, n, k, groups, bits),
-                      at<const float>(bias), at<float>(y), m, threads);
+void prepack(uintptr_t packed, uintptr_t scale, int scale_type, uintptr_t zero, uintptr_t blocks, int64_t n, int64_t k,
+             int64_t groups, int bits, int threads) {
+    remanence::prepack(weight_at(packed, scale, scale_type, zero, n, k, groups, bits), at<uint8_t>(blocks), threads);
+}
+
+void unprepack(uintptr_t blocks, uintptr_t packed, uintptr_t scale, int scale_type, uintptr_t zero, int64_t n,
+               int64_t k, int64_t groups, int bits, int threads) {
+    remanence::unprepack(at<const uint8_t>(blocks), weight_at(packed, scale, scale_type, zero, n, k, groups, bits),
+                         at<uint8_t>(packed), at<void>(scale), at<uint8_t>(zero), threads);
+}
+
+void dequantize_blocks(uintptr_t blocks, int scale_type, bool zero, uintptr_t w, int64_t n, int64_t k, int64_t groups,
+                       int bits, int threads) {
+    remanence::dequantize_blocks(at<const uint8_t>(blocks), weight_at(0, 0, scale_type, zero, n, k, groups, bits),
+                                 at<float>(w), threads);
+}
+
+remanence::Linear linear_at(uintptr_t x, int type, uintptr_t blocks, const remanence::Weight& weight, uintptr_t bias,
+                            int bias_type, uintptr_t y, int64_t m, int threads) {
+    return {{at<const void>(x), remanence::ScaleType(type)},
+            at<const uint8_t>(blocks),
+            weight,
+            {at<const void>(bias), remanence::ScaleType(bias_type)},
+            at<void>(y),
+            m,
+            threads};
+}
+
+void linear(uintptr_t x, int type, uintptr_t blocks, uintptr_t packed, uintptr_t scale, int scale_type, uintptr_t zero,
+            uintptr_t bias, int bias_type, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t groups, int bits,
+            int threads) {
+    const remanence::Weight weight = weight_at(packed, scale, scale_type, zero, n, k, groups, bits);
+    remanence::linear(linear_at(x, type, blocks, weight, bias, bias_type, y, m, threads));
+}
+
+remanence::Grid grid_at(int bits, bool symmetric, float clip, uintptr_t scale, uintptr_t zero) {
+    return {bits, symmetric, clip, at<const float>(scale), at<const int32_t>(zero)};
+}
+
+void integer_linear(uintptr_t x, int type, uintptr_t blocks, uintptr_t packed, uintptr_t scale, int scale_type,
+                    uintptr_t zero, uintptr_t bias, int bias_type, uintptr_t y, int64_t m, int64_t n, int64_t k,
+                    int64_t groups, int bits, int x_bits, bool symmetric, float clip, uintptr_t x_scale,
+                    uintptr_t x_zero, int threads) {
+    const remanence::Weight weight = weight_at(packed, scale, scale_type, zero, n, k, groups, bits);
+    remanence::linear(linear_at(x, type, blocks, weight, bias, bias_type, y, m, threads),
+                      grid_at(x_bits, symmetric, clip, x_scale, x_zero));
+}
+
+void quantize_per_token(uintptr_t x, int type, int64_t m, int64_t k, int bits, bool symmetric, float clip,
+                        uintptr_t codes, uintptr_t scale, uintptr_t zero, int threads) {
+    remanence::quantize_per_token({at<const void>(x), remanence::ScaleType(type)}, m, k,
+                                  grid_at(bits, symmetric, clip, 0, 0), at<int8_t>(codes), at<float>(scale),
+                                  at<int32_t>(zero), threads);
+}
+
+void hadamard(uintptr_t x, int type, uintptr_t y, int64_t m, int64_t n, int threads) {
+    remanence::hadamard({at<const void>(x), remanence::ScaleType(type)}, at<void>(y), m, n, threads);
 }
 
 void gptq_block(uintptr_t running, int64_t stride, uintptr_t upper, uintptr_t scale, uintptr_t zero, uintptr_t group,
@@ -57,6 +113,8 @@ void clip_error(uintptr_t w, uintptr_t scale, uintptr_t zero, uintptr_t error, i
                            g, s, bits},
                           threads);
 }
+
+double peak(int kind, int threads, int repeats) { return remanence::peak(remanence::Arithmetic(kind), threads, repeats); }
 
 void set_isa(const std::string& name) {
     if (remanence::use_isa(name)) return;
@@ -77,8 +135,27 @@ NB_MODULE(_C, m) {
     m.def("dequantize", &dequantize, "packed"_a, "scale"_a, "scale_type"_a, "zero"_a, "w"_a, "n"_a, "k"_a,
           "groups"_a, "bits"_a, "threads"_a, release,
           "scale_type: 0 float32, 1 float16, 2 bfloat16; zero: 0 for none.");
-    m.def("linear", &linear, "x"_a, "packed"_a, "scale"_a, "scale_type"_a, "zero"_a, "bias"_a, "y"_a, "m"_a, "n"_a,
-          "k"_a, "groups"_a, "bits"_a, "threads"_a, release, "As dequantize; bias: 0 for none.");
+    m.def("prepack", &prepack, "packed"_a, "scale"_a, "scale_type"_a, "zero"_a, "blocks"_a, "n"_a, "k"_a, "groups"_a,
+          "bits"_a, "threads"_a, release);
+    m.def("unprepack", &unprepack, "blocks"_a, "packed"_a, "scale"_a, "scale_type"_a, "zero"_a, "n"_a, "k"_a,
+          "groups"_a, "bits"_a, "threads"_a, release);
+    m.def("dequantize_blocks", &dequantize_blocks, "blocks"_a, "scale_type"_a, "zero"_a, "w"_a, "n"_a, "k"_a,
+          "groups"_a, "bits"_a, "threads"_a, release);
+    m.def("linear", &linear, "x"_a, "type"_a, "blocks"_a, "packed"_a, "scale"_a, "scale_type"_a, "zero"_a, "bias"_a,
+          "bias_type"_a, "y"_a, "m"_a, "n"_a, "k"_a, "groups"_a, "bits"_a, "threads"_a, release,
+          "blocks: 0 for a stored weight; with blocks, packed and scale are not read, and zero says if there is one. "
+          "bias: 0 for none; types as scale_type.");
+    m.def("integer_linear", &integer_linear, "x"_a, "type"_a, "blocks"_a, "packed"_a, "scale"_a, "scale_type"_a,
+          "zero"_a, "bias"_a, "bias_type"_a, "y"_a, "m"_a, "n"_a, "k"_a, "groups"_a, "bits"_a, "x_bits"_a,
+          "symmetric"_a, "clip"_a, "x_scale"_a, "x_zero"_a, "threads"_a, release,
+          "As linear; x_scale and x_zero: 0 for a grid of each row's own.");
+    m.def("quantize_per_token", &quantize_per_token, "x"_a, "type"_a, "m"_a, "k"_a, "bits"_a, "symmetric"_a, "clip"_a,
+          "codes"_a, "scale"_a, "zero"_a, "threads"_a, release);
+    m.def("hadamard", &hadamard, "x"_a, "type"_a, "y"_a, "m"_a, "n"_a, "threads"_a, release);
+    m.def("read_bandwidth", &remanence::read_bandwidth, "bytes"_a, "threads"_a, "repeats"_a, release,
+          "Bytes a second, the best of some reads.");
+    m.def("peak", &peak, "kind"_a, "threads"_a, "repeats"_a, release,
+          "Operations a second; kind: 0 float32, 1 int8, 2 bfloat16 (0 where it has no instructions).");
     m.def("gptq_block", &gptq_block, "running"_a, "stride"_a, "upper"_a, "scale"_a, "zero"_a, "group"_a, "kept"_a,
           "push"_a, "codes"_a, "errors"_a, "n"_a, "b"_a, "groups"_a, "bits"_a, "threads"_a, release,
           "zero, kept, push: 0 for none.");

@@ -6,6 +6,7 @@
 
 #define LANES 4
 #include "gptq_rows.h"
+#include "parallel.h"
 #include "rows.h"
 
 namespace remanence {
@@ -13,8 +14,6 @@ namespace remanence {
 const GptqKernels gptq_scalar = {LANES, gptq_rows, clip_row};
 
 namespace {
-
-constexpr int64_t kSerialWork = 1 << 15;    // as in rows.cpp
 
 struct alignas(4 * kMostLanes) Column {
     float rows[kMostLanes];
@@ -24,7 +23,7 @@ thread_local std::vector<Column> scratch;    // grows to the widest block seen
 const GptqKernels& gptq_kernels() {
 #ifdef REMANENCE_X86
     const std::string name = isa();
-    if (name == "avx512") return gptq_avx512;
+    if (name.rfind("avx512", 0) == 0) return gptq_avx512;
     if (name == "avx2") return gptq_avx2;
 #endif
     return gptq_scalar;
@@ -35,18 +34,16 @@ const GptqKernels& gptq_kernels() {
 void gptq_block(const GptqBlock& block, int threads) {
     const GptqKernels& kernel = gptq_kernels();
     const int64_t lanes = kernel.lanes, parts = (block.n + lanes - 1) / lanes;
-#pragma omp parallel for schedule(static) num_threads(threads) if (block.n * block.b * block.b > kSerialWork)
-    for (int64_t part = 0; part < parts; ++part) {
+    parallel(parts, threads, block.n * block.b * block.b, [&](int64_t part) {
         if (int64_t(scratch.size()) < block.b) scratch.resize(block.b);
         const int64_t first = part * lanes, left = block.n - first;
         kernel.gptq_rows(block, first, int(left < lanes ? left : lanes), scratch.data()->rows);
-    }
+    });
 }
 
 void clip_error(const ClipError& clip, int threads) {
     const GptqKernels& kernel = gptq_kernels();
-#pragma omp parallel for schedule(static) num_threads(threads) if (clip.m * clip.g * clip.s > kSerialWork)
-    for (int64_t m = 0; m < clip.m; ++m) kernel.clip_row(clip, m);
+    parallel(clip.m, threads, clip.m * clip.g * clip.s, [&](int64_t m) { kernel.clip_row(clip, m); });
 }
 
 }  // namespace remanence

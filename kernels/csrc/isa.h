@@ -1,4 +1,5 @@
-// What one instruction set provides: three functions on a single row, in a table.
+// What one instruction set provides, in a table: functions on a row of the stored layout, and on a block of the run-time
+// layout (blocks.h).
 //
 // Layout of a stored weight with N output rows, K input features, G groups a row and `bits` a code:
 //   codes  uint8 [N, K]                     0 .. 2^bits - 1, one byte each
@@ -9,7 +10,47 @@
 
 #include <stdint.h>
 
+#include "blocks.h"
+
 namespace remanence {
+
+// Rows of x that are multiplied together. A tile of r rows is laid out by quads, four neighbouring features:
+//   int8      [K/4][r][4]
+//   bfloat16  [K/4][r][4], a quad's features in the order 0 2 1 3
+//   float32   [K][r]
+// K is padded as the weight's groups are, with zeros.
+constexpr int kDirectRows = 5;
+constexpr int kPanelRows = 6;
+constexpr int kPeakVectors = 12;
+constexpr int64_t kAlways = int64_t(1) << 62;
+
+// A grid for the rows of x: from the row itself, or (scale not null) the one given.
+struct Grid {
+    int bits;
+    bool symmetric;
+    float clip;
+    const float* scale;
+    const int32_t* zero;
+};
+
+// One kind of arithmetic on a block: y[i][n] = sum over k of x[i][k] (code[n][k] - zero) scale, float [rows][64], before
+// what hangs on the row of x alone.
+template <typename X, typename Sum>
+struct Multiply {
+    // From the packed words, rows <= kDirectRows; sums [G][runs][rows]: of x over each. Overwrites y. Rows that are not
+    // finite, or nearly so, come out as anything.
+    void (*direct)(const Block& block, int rows, const X* x, const Sum* sums, float* y);
+    // Features of one row into a tile of `height` rows, in one run; their sum.
+    Sum (*place)(const X* from, int64_t count, int64_t height, X* tile);
+    // Rows of x up to which `direct` is faster: of 2, 3 or 4 bits, and of 8. What follows may be null if it always is.
+    int64_t direct_rows, direct_rows_wide;
+    // Groups first .. last - 1 expanded to what panel multiplies, panel_bytes for a feature; best panel_most features.
+    void (*expand)(const Block& block, int64_t first, int64_t last, uint8_t* panel);
+    // Adds to y what those groups give, rows <= kPanelRows; x and sums begin at group `first`.
+    void (*panel)(const Block& block, const uint8_t* panel, int64_t first, int64_t last, int rows, const X* x,
+                  const Sum* sums, float* y);
+    int64_t panel_bytes, panel_most;
+};
 
 struct Kernels {
     const char* name;
@@ -17,7 +58,22 @@ struct Kernels {
     // w[i] = (codes[i] - zero[g]) * scale[g]: only the product is rounded, so every table gives the same bits.
     void (*scale_row)(const uint8_t* codes, const float* scale, const float* zero, int64_t groups,
                       int64_t group_size, float* w);
-    float (*dot)(const float* a, const float* b, int64_t k);
+    void (*load_row)(const void* row, ScaleType type, int64_t k, float* out);
+    void (*store_row)(const float* row, ScaleType type, int64_t n, void* out);
+    // One row of x on its grid: codes int8 [K], its scale and zero.
+    void (*quantize_row)(const float* x, int64_t k, const Grid& grid, int8_t* codes, float* scale, int32_t* zero);
+    // y = Hadamard matrix (Sylvester's, n = 2^m) times x, in place, times `factor`.
+    void (*hadamard_row)(float* x, int64_t n, float factor);
+    // Reads n bytes (a multiple of 1024) once.
+    int32_t (*read)(const uint8_t* bytes, int64_t n);
+    // kPeakVectors vectors of products, n times over, from registers: the arithmetic alone. Of 1, 4 and 2 in each lane.
+    float (*peak_float)(int64_t n);
+    int32_t (*peak_int8)(int64_t n);
+    float (*peak_bf16)(int64_t n);    // null where there is none
+    int lanes;
+    Multiply<int8_t, int32_t> int8;
+    Multiply<float, float> float32;
+    Multiply<uint16_t, float> bfloat16;    // direct is null where there is no arithmetic for it
 };
 
 const Kernels& kernels();    // the table in use (dispatch.cpp)
@@ -26,6 +82,11 @@ extern const Kernels scalar_kernels;
 #ifdef REMANENCE_X86
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_vnni_kernels;
+extern const Kernels avx512_bf16_kernels;
+#endif
+#ifdef REMANENCE_NEON
+extern const Kernels neon_kernels;
 #endif
 
 // static: each file keeps its own copy, compiled for its own instruction set.

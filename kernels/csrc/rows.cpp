@@ -3,43 +3,16 @@
 
 #include <string.h>
 
+#include "halves.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace remanence {
 namespace {
 
-constexpr int64_t kSerialWork = 1 << 15;    // multiply-adds below which starting the threads costs more than it saves
-
-float from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Integer arithmetic only: scales of small weights are float16 subnormals, and they must survive flush-to-zero.
-float from_half(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000) << 16;
-    const uint32_t exponent = half >> 10 & 0x1f;
-    const uint32_t mantissa = half & 0x3ff;
-    if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * float(mantissa);
-    if (exponent == 31) return from_bits(sign | 0x7f800000 | mantissa << 13);
-    return from_bits(sign | (exponent + 127 - 15) << 23 | mantissa << 13);
-}
-
 void load_scale(const Weight& weight, int64_t row, float* scale) {
-    const int64_t begin = row * weight.groups;
-    const uint16_t* const halves = static_cast<const uint16_t*>(weight.scale) + begin;
-    switch (weight.scale_type) {
-        case ScaleType::float32:
-            memcpy(scale, static_cast<const float*>(weight.scale) + begin, weight.groups * sizeof(float));
-            break;
-        case ScaleType::float16:
-            for (int64_t g = 0; g < weight.groups; ++g) scale[g] = from_half(halves[g]);
-            break;
-        case ScaleType::bfloat16:
-            for (int64_t g = 0; g < weight.groups; ++g) scale[g] = from_bits(uint32_t(halves[g]) << 16);
-            break;
-    }
+    for (int64_t g = 0; g < weight.groups; ++g)
+        scale[g] = load_scale_at(weight.scale, weight.scale_type, row * weight.groups + g);
 }
 
 void load_zero(const Weight& weight, int64_t row, float* zero) {
@@ -81,33 +54,19 @@ void pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
 
 void pack(const uint8_t* codes, uint8_t* packed, int64_t n, int64_t k, int bits, int threads) {
     const int64_t width = packed_width(k, bits);
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * k > kSerialWork)
-    for (int64_t row = 0; row < n; ++row) pack_row(codes + row * k, k, bits, packed + row * width);
+    parallel(n, threads, n * k, [&](int64_t row) { pack_row(codes + row * k, k, bits, packed + row * width); });
 }
 
 void unpack(const uint8_t* packed, uint8_t* codes, int64_t n, int64_t k, int bits, int threads) {
     const Kernels& kernel = kernels();
     const int64_t width = packed_width(k, bits);
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * k > kSerialWork)
-    for (int64_t row = 0; row < n; ++row) kernel.unpack_row(packed + row * width, k, bits, codes + row * k);
+    parallel(n, threads, n * k, [&](int64_t row) { kernel.unpack_row(packed + row * width, k, bits, codes + row * k); });
 }
 
 void dequantize(const Weight& weight, float* w, int threads) {
     const Kernels& kernel = kernels();
-#pragma omp parallel for schedule(static) num_threads(threads) if (weight.n * weight.k > kSerialWork)
-    for (int64_t row = 0; row < weight.n; ++row) dequantize_row(kernel, weight, row, w + row * weight.k);
-}
-
-void linear(const float* x, const Weight& weight, const float* bias, float* y, int64_t m, int threads) {
-    const Kernels& kernel = kernels();
-#pragma omp parallel for schedule(static) num_threads(threads) if (weight.n * weight.k * m > kSerialWork)
-    for (int64_t row = 0; row < weight.n; ++row) {
-        scratch.w.resize(weight.k);
-        float* const w = scratch.w.data();
-        dequantize_row(kernel, weight, row, w);
-        for (int64_t i = 0; i < m; ++i)
-            y[i * weight.n + row] = kernel.dot(w, x + i * weight.k, weight.k) + (bias ? bias[row] : 0.0f);
-    }
+    parallel(weight.n, threads, weight.n * weight.k,
+             [&](int64_t row) { dequantize_row(kernel, weight, row, w + row * weight.k); });
 }
 
 }  // namespace remanence

@@ -13,7 +13,7 @@ std::string isa();                            // the widest this machine has, un
 std::vector<std::string> available_isas();    // narrowest first
 bool use_isa(const std::string& name);        // false: this machine does not have it
 
-enum class ScaleType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+enum class ScaleType : int { float32 = 0, float16 = 1, bfloat16 = 2 };    // of x, bias and y, too
 
 // Shapes and layout as in isa.h; the caller (ops.py) has checked them.
 struct Weight {
@@ -28,7 +28,5 @@ struct Weight {
 void pack(const uint8_t* codes, uint8_t* packed, int64_t n, int64_t k, int bits, int threads);
 void unpack(const uint8_t* packed, uint8_t* codes, int64_t n, int64_t k, int bits, int threads);
 void dequantize(const Weight& weight, float* w, int threads);
-// y [M, N] = x [M, K] @ w.T + bias [N] (or null)
-void linear(const float* x, const Weight& weight, const float* bias, float* y, int64_t m, int threads);
 
 }  // namespace remanence

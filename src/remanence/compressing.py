@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .backends.device import parse_device
 from .compress.places import local_model
 from .compress.recipe import Recipe
 from .compress.recipe_file import read_recipe
@@ -52,8 +53,7 @@ class Order:
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu"):
-            raise ValueError(f"device: {self.device!r} is not one of auto, cpu")
+        parse_device(self.device)
         recipe = self.parsed()
         if recipe.kv is not None:
             raise ValueError("kv: is how a model serves, no part of a checkpoint; an audit measures it")
@@ -112,8 +112,9 @@ def compress(
     progress   is told of parts done, parts in all, and what is being done;  say: of what a person should know
     Raises UsageError, ValueError or FileNotFoundError for what cannot be, OSError when the disk is full.
     """
+    from .backends.memory import peak_rss, reset_peak
     from .compress.checkpoint import load_tokenizer, local_directory
-    from .compress.footprint import Prediction, measure_machine, peak_rss, reset_peak
+    from .compress.footprint import Prediction, measure_machine
     from .compress.plan import plan
     from .compress.stream import Job, compress_streamed, compress_whole, unfinished, whole
 
@@ -123,11 +124,12 @@ def compress(
         raise UsageError(f"plan: {recipe} is made with the whole model in memory; not predicted")
     if whole(recipe) and resume:
         raise UsageError(f"resume: {recipe} is written in one go")
+    device = _device(order.device, recipe, say)
     tokenizer = load_tokenizer(directory)
     recipe, batches, retraining = _data(order, recipe, directory, tokenizer)
     if whole(recipe):
         return compress_whole(directory, recipe, out, batches, retraining, order.sparse)
-    job = Job(directory, recipe, batches, _device(order.device), order.sparse)
+    job = Job(directory, recipe, batches, device, order.sparse)
     place = next(folder for folder in out.absolute().parents if folder.is_dir())
     predicted = plan(job, measure_machine(place, job.model.dtype))
     say(f"{recipe} on {job.parameters:,} parameters: {predicted.text()}")
@@ -188,13 +190,17 @@ def _data(
     return replace(recipe, calibration=calibration), batches, again
 
 
-def _device(asked: str) -> str:
-    """The accelerator where there is one."""
-    import torch
+def _device(asked: str, recipe: Recipe, say: Callable[[str], None]) -> str:
+    """The name of the device that does the work, which `say` is told."""
+    from .compress.stream import whole
+    from .machine import device_for_run
 
-    if asked == "cpu" or not torch.accelerator.is_available():
-        return "cpu"
-    return str(torch.accelerator.current_accelerator())
+    if whole(recipe) and asked not in ("auto", "cpu"):
+        raise UsageError(f"device: {recipe} is made on the CPU, with the whole model in memory; leave {asked} out")
+    try:
+        return device_for_run("cpu" if whole(recipe) else asked, say).name
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def show_layers(layers: Sequence[dict[str, Any]], file: IO[str]) -> None:

@@ -1,11 +1,21 @@
-"""What this machine and installation can do, and what is missing for the rest."""
+"""What this machine and installation can do, why it computes as it does, and what is missing for the rest."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import torch
+
+from .backends.cuda import refusal
+from .backends.device import Device, Peak, detect
+from .config import default_cache
+from .kernels.limits import peaks, read_bandwidth
+from .kernels.ops import available_isas
+from .kernels.registry import Case, explain
+from .machine import described, environment
 
 _EXTRAS = {
     "peft": ("train", "LoRA, LoKU, the assistant of ULD"),
@@ -13,39 +23,53 @@ _EXTRAS = {
     "gptqmodel": ("gptq", "read GPTQ checkpoints through their own library"),
     "bitsandbytes": ("bnb", "NF4 and int8 as peers"),
     "triton": ("cuda", "CUDA kernels"),
-    "torch-npu": ("ascend", "Ascend NPUs"),
+    "torch-npu": ("ascend", "Ascend NPUs; this package does not run on them yet"),
+}
+# What a packed layer may be given, in words.
+_INPUTS: dict[str, dict[str, Any]] = {
+    "x in float32": {"dtype": torch.float32},
+    "x in bfloat16": {"dtype": torch.bfloat16},
+    "x rounded to 8 bits": {"act": 8},
 }
 
 
 def diagnose() -> dict[str, Any]:
-    """Machine, versions, kernels in use, optional packages, store; JSON values only."""
-    from .config import default_cache
-    from .engine import environment
-    from .kernels.ops import available_isas
-
+    """Machine, versions, devices, kernels, optional packages, store; JSON values only."""
     cache = default_cache()
     existing = cache
     while not existing.exists():
         existing = existing.parent
+    found = detect()
     return {
         **environment(),
         "kernel_isas": available_isas(),
-        "devices": _devices(),
+        "devices": {each.name: _device(each) for each in found},
+        "missing_devices": {} if len(found) > 1 else {"cuda": ". ".join(refusal(0) or ())},
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(existing).free,
         "optional": {name: _version(name) for name in _EXTRAS},
     }
 
 
-def _devices() -> list[str]:
-    import torch
+def _device(each: Device) -> dict[str, Any]:
+    choices = {name: explain(Case(each.kind, **case)) for name, case in _INPUTS.items()}
+    measured = _measured() if each.kind == "cpu" else {}
+    return {
+        **each.info(),
+        "summary": described(each),
+        "free_bytes": each.free_memory(),
+        "peaks": {name: None if peak is None else asdict(peak) for name, peak in (each.peaks() | measured).items()},
+        "kernels": {name: asdict(choice) for name, choice in choices.items()},
+    }
 
-    found = ["cpu"]
-    if torch.cuda.is_available():
-        found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    if importlib.util.find_spec("torch_npu"):
-        found.append("npu (torch-npu is installed)")
-    return found
+
+def _measured() -> dict[str, Peak | None]:
+    """A CPU does not tell what it can do, but can be asked to do it."""
+    rates = peaks()
+    if rates:
+        rates["memory"] = read_bandwidth()
+    source = f"measured now, {torch.get_num_threads()} threads"
+    return {name: Peak(rate, source) for name, rate in rates.items()}
 
 
 def _version(package: str) -> str | None:
@@ -57,17 +81,36 @@ def _version(package: str) -> str | None:
 
 def show(found: dict[str, Any]) -> None:
     """Print a diagnosis."""
-    cpu = found["cpu"]
     print(
         f"remanence {found['remanence']}, python {found['python']}, torch {found['torch']}, "
         f"transformers {found['transformers']}"
     )
-    print(
-        f"cpu      {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['memory_bytes'] / 2**30:.1f} GiB"
-    )
-    print(f"kernels  {found['kernel_isa']} (available: {', '.join(found['kernel_isas'])})")
-    print(f"devices  {', '.join(found['devices'])}; audits run on the CPU in this version")
+    for name, device in found["devices"].items():
+        _show_device(name, device)
+    print(f"native   {', '.join(found['kernel_isas']) or 'not built: plain torch computes'}")
+    for name, reason in found["missing_devices"].items():
+        print(f"{name:<8} none: {reason}")
     print(f"cache    {found['cache']}, {found['cache_free_bytes'] / 2**30:.1f} GiB free")
+    print("audits run on the CPU in this version; compress takes --device")
+    print("\noptional packages")
     for package, (extra, purpose) in _EXTRAS.items():
         have = found["optional"][package]
-        print(f"{package:<20} {have or f'missing: pip install remanence[{extra}]'} ({purpose})")
+        print(f"  {package:<20} {have or f'missing: pip install remanence[{extra}]'} ({purpose})")
+
+
+def _show_device(name: str, device: dict[str, Any]) -> None:
+    driver = f", CUDA {device['cuda']}, driver {device['driver'] or 'unknown'}" if "driver" in device else ""
+    print(f"{name:<8} {device['summary']}, {device['free_bytes'] / 2**30:.1f} GiB free{driver}")
+    known = {peak: rate for peak, rate in device["peaks"].items() if rate is not None}
+    for peak, rate in known.items():
+        shown = f"{rate['value'] / 1e9:.0f} GB/s" if peak == "memory" else f"{rate['value'] / 1e12:.3g} T operations/s"
+        print(f"  peak   {peak}: {shown} ({rate['source']})")
+    if not known:
+        print("  peaks  not known from the device itself")
+    for case, choice in device["kernels"].items():
+        print(f"  kernel {case}: {choice['kernel']} ({choice['arithmetic']})")
+    reasons: dict[str, list[str]] = {}
+    for kernel, reason in choice["others"].items():
+        reasons.setdefault(reason, []).append(kernel)
+    for reason, kernels in reasons.items():
+        print(f"  not    {', '.join(kernels)}: {reason}")

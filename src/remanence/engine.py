@@ -6,7 +6,6 @@ what a user gets: the model is compressed, written as a checkpoint, read back, a
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy
-import scipy
 import torch
-import transformers
 
-from . import __version__
-from .backends.cpu import cpu_info
 from .bench.cell import CELL_VERSION, CellScores, Measures, measure_cell, prune_to
 from .bench.document import build_document
 from .compress.checkpoint import load_model, load_tokenizer, max_length, skeleton, write_model
@@ -33,6 +27,7 @@ from .config import CONTROL, AuditConfig
 from .corpus import load_corpus
 from .errors import UsageError
 from .kernels.ops import isa
+from .machine import environment
 from .progress import Reporter, Silent
 from .report import SCHEMA
 from .store import Store, digest, directory_digest, file_digest
@@ -103,21 +98,6 @@ _ITEMS = ("sets", "health", "muse", "distance", "perplexity", "pressures", "upda
 
 def _items(cell: CellScores) -> dict[str, Any]:
     return {"method": cell.model, "recipe": cell.recipe.name, **{name: cell.measured.get(name) for name in _ITEMS}}
-
-
-def environment() -> dict[str, Any]:
-    """What decides a figure besides the configuration."""
-    return {
-        "remanence": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_info(),
-        "kernel_isa": isa(),
-    }
 
 
 class _Run:

@@ -106,7 +106,7 @@ def forget_to(order: Order, out: Path, say: Callable[[str], None]) -> dict[str, 
 
     from .compress.checkpoint import load_model, load_nf4, load_tokenizer, max_length, skeleton
     from .compress.files import atomic_dir
-    from .engine import environment
+    from .machine import environment
     from .progress import run_with_bar
     from .unlearn.encode import Encoder
     from .unlearn.keeper import LOG, Saving

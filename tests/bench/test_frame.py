@@ -7,7 +7,7 @@ from remanence.bench import frame, startup
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="'nothing' is not one of w4-linear"):
+    with pytest.raises(ValueError, match="'nothing' is not one of kernels"):
         frame.run("nothing", 0)
 
 

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from remanence.backends.cpu import PeakMemory, cpu_info
+from remanence.backends.cpu import PeakMemory
 from remanence.bench.speed import decode_speed
 from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
@@ -229,11 +229,3 @@ def test_answers_do_not_end_early(untrained):
     model.forward = lambda *args, **kwargs: lengths.append(1) or forward(*args, **kwargs)
     decode_speed(model, [5, 6, 7, 8], pad=0, new_tokens=3, repeats=1)
     assert len(lengths) == 2 + 1 + 4 + 4
-
-
-def test_cpu_info():
-    info = cpu_info()
-    assert info["name"]
-    assert info["cores"] >= 1
-    assert info["threads"] == torch.get_num_threads()
-    assert info["memory_bytes"] > 2**28

@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from remanence.bench.streaming import make_llama
-from remanence.compress.footprint import measure_machine, peak_rss, reset_peak, rss
+from remanence.backends.memory import peak_rss, reset_peak, rss
+from remanence.compress.footprint import measure_machine
 from remanence.compress.plan import plan
 from remanence.compress.recipe import parse_recipe
 from remanence.compress.stream import Job, compress_streamed, unfinished

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from remanence.compress.footprint import peak_rss, reset_peak, rss, steady_heap
+from remanence.backends.memory import peak_rss, reset_peak, rss
+from remanence.compress.footprint import steady_heap
 from remanence.compress.shards import DTYPES, ShardReader, ShardWriter, fill_, hollow_, hollow_model, names, read_header
 from safetensors.torch import load_file, save_file
 from torch import nn

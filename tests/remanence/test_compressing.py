@@ -54,7 +54,9 @@ def test_plan_then_run_then_comparison(model, files, tmp_path):
     assert planned["recipe"] == "gptq-w4a16-g16@retain:4+forget:2+text:3+length:64"
     assert not (tmp_path / "out").exists()
     made = compress(order, tmp_path / "out", progress=lambda *step: told.append(step), say=said.append)
-    assert "of memory at most" in said[0]
+    assert said[0].startswith("device: cpu, ")
+    assert "; kernels: " in said[0]
+    assert "of memory at most" in said[1]
     assert "predicted" in said[-1]
     assert made["plan"].keys() == made["actual"].keys() == {"peak_memory", "disk", "seconds"}
     assert made["actual"]["peak_memory"] > 1e8
@@ -126,6 +128,15 @@ def test_bitsandbytes_is_written_whole(model, tmp_path):
 def test_orders_that_cannot_be(given, message):
     with pytest.raises(ValueError, match=message):
         Order("model", **given)
+
+
+def test_a_device_that_cannot_be_had(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UsageError, match=r"device: 'cuda:1' cannot be had: this torch.* is built without CUDA"):
+        compress(Order(model, "rtn-w4a16-g16", device="cuda:1"), tmp_path / "out", say=str)
+    with pytest.raises(UsageError, match=r"device: bnb-nf4 is made on the CPU, .* leave cuda out"):
+        compress(Order(model, "bnb-nf4", device="cuda"), tmp_path / "out", say=str)
+    assert not any(tmp_path.iterdir())
 
 
 def test_more_sequences_than_there_are(model, files, tmp_path):

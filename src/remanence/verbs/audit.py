@@ -121,8 +121,10 @@ def _audit(
     say("loading torch and transformers ...")
     from ..axes import runs
     from ..engine import audit as run
+    from ..machine import device_for_run
 
     quiet()
+    device_for_run("cpu", say)
     start = time.monotonic()
     with Bars() if sys.stderr.isatty() else nullcontext(Lines()) as reporter:
         if axis:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ERROR, UsageError
-from .shared import Json, Seed, names, quiet, usage
+from .shared import Json, Seed, names, quiet, say, usage
 
 
 def bench(
@@ -24,12 +24,15 @@ def bench(
         str | None,
         typer.Option(
             help="ptq: of quality, layers, recovery; w4a4: of quality, recovery; perp: of quality, cost, recovery; "
-            "mixed: of quality, sources."
+            "mixed: of quality, sources; kernels: of linear, model, gpu."
         ),
     ] = None,
     peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,
     gib: Annotated[float | None, typer.Option(help="streaming: size of the model's weights.")] = None,
     limit_gib: Annotated[float | None, typer.Option(help="streaming: of the memory it may take.")] = None,
+    marlin: Annotated[
+        str | None, typer.Option(help="kernels: a checkout of Marlin's repository, as a peer on the GPU.")
+    ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -56,13 +59,15 @@ def bench(
         "parts": names("parts", parts),
         "gib": gib,
         "limit_gib": limit_gib,
+        "marlin": marlin,
     }
     if not peers:
         asked["peers"] = False
     options = {key: value for key, value in asked.items() if value is not None}
-    from ..engine import environment
+    from ..machine import device_for_run, environment
 
     quiet()
+    device_for_run("cpu", say)
     result = {"name": name, "environment": environment(), **usage(run, name, seed, **options)}
     if as_json:
         print(json.dumps(result, indent=1))

@@ -44,8 +44,10 @@ def evaluate(
                 raise UsageError(f"{name}: goes with questions to forget and to keep, not with --data {data}")
         there(model, oracle)
         from ..evaluate import evaluate_muse
+        from ..machine import device_for_run
 
         quiet()
+        device_for_run("cpu", say)
         document, items = evaluate_muse(model, oracle, data, data_dir)
     else:
         from ..corpus import load_corpus
@@ -67,8 +69,10 @@ def evaluate(
         from ..bench.cell import Measures
         from ..evaluate import Tasks
         from ..evaluate import evaluate as run
+        from ..machine import device_for_run
 
         quiet()
+        device_for_run("cpu", say)
         measures = Measures(oracle, config.pressures, templates, perplexity, seed=seed)
         wanted = Tasks(names("tasks", tasks) or (), include_path, limit)
         document, items = run(model, target, corpus, measures, wanted)

@@ -1,0 +1,158 @@
+"""NVIDIA GPUs, through torch. Nothing is asked of CUDA before a function here is called."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .device import PEAKS, Peak
+
+
+class _Sheet(NamedTuple):
+    """Of a data sheet: 10^12 dense operations a second, half of what it states where it states "with sparsity".
+
+    multiprocessors   of the whole GPU; a slice of it (MIG) has fewer, and is not what the sheet is about
+    half              float16 and bfloat16, summed in float32
+    """
+
+    multiprocessors: int
+    float32: float
+    half: float
+    int8: float
+    source: str
+
+
+_A100 = _Sheet(108, 19.5, 312, 624, "NVIDIA A100 data sheet")
+# By the name that torch gives.
+_SHEETS = {
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA H100 80GB HBM3": _Sheet(132, 67, 989.5, 1979, "NVIDIA H100 SXM data sheet"),
+    "NVIDIA H200": _Sheet(132, 67, 989.5, 1979, "NVIDIA H200 SXM data sheet"),
+    "NVIDIA L4": _Sheet(58, 30.3, 121, 242.5, "NVIDIA L4 data sheet"),
+    "NVIDIA GeForce RTX 4090": _Sheet(128, 82.6, 165.2, 660.6, "NVIDIA Ada architecture paper"),
+}
+
+
+def count() -> int:
+    """CUDA devices that torch sees."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
+
+
+def refusal(index: int) -> tuple[str, str] | None:
+    """Why CUDA device `index` cannot be used, and what would help; None: it can, as one small tensor on it shows."""
+    if torch.version.cuda is None:
+        return (
+            f"this torch, {torch.__version__}, is built without CUDA",
+            "Install a torch with CUDA (see pytorch.org/get-started), or choose the device cpu",
+        )
+    with warnings.catch_warnings(record=True) as said:  # torch warns where the driver is too old, and goes on
+        warnings.simplefilter("always")
+        seen = count() if torch.cuda.is_available() else 0
+    if not seen:
+        told = str(said[0].message).strip().splitlines()[0].rstrip(".") if said else "torch sees no NVIDIA GPU"
+        if driver() is None:
+            return f"{told}: no NVIDIA driver is loaded", "Install the driver; nvidia-smi then lists the GPU"
+        return told, "See whether nvidia-smi lists a GPU, and whether CUDA_VISIBLE_DEVICES hides it"
+    if index >= seen:
+        return f"torch sees {seen} CUDA device{'s' * (seen > 1)}, numbered from 0", "Choose one of them"
+    try:
+        torch.zeros(1, device=f"cuda:{index}").item()
+    except RuntimeError as error:  # no kernels for so old a GPU, no memory left, a GPU that another process holds
+        return f"cuda:{index} does not work: {str(error).splitlines()[0]}", "Choose another device"
+    return None
+
+
+def driver() -> str | None:
+    """Release of NVIDIA's kernel driver, e.g. "550.54.15"; None where none is loaded, or it does not say."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)", text)
+    return found[1] if found else None
+
+
+class CudaDevice:
+    """CUDA device `index`. Making it asks nothing of CUDA."""
+
+    kind = "cuda"
+
+    def __init__(self, index: int) -> None:
+        self.name = f"cuda:{index}"
+        self.torch_device = torch.device("cuda", index)
+
+    def info(self) -> dict[str, Any]:
+        has = torch.cuda.get_device_properties(self.torch_device)
+        return {
+            "name": has.name,
+            "multiprocessors": has.multi_processor_count,
+            "capability": f"{has.major}.{has.minor}",
+            "memory_bytes": has.total_memory,
+            "cuda": torch.version.cuda,
+            "driver": driver(),
+        }
+
+    def free_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def timed(self) -> EventTimer:
+        return EventTimer(self.torch_device)
+
+    def peak_memory(self, held: int = 0) -> AllocatorPeak:  # noqa: ARG002, the allocator knows what is held
+        return AllocatorPeak(self.torch_device)
+
+    def peaks(self) -> dict[str, Peak | None]:
+        has = torch.cuda.get_device_properties(self.torch_device)
+        peaks: dict[str, Peak | None] = dict.fromkeys(PEAKS)
+        sheet = _SHEETS.get(has.name)
+        if sheet is not None and sheet.multiprocessors == has.multi_processor_count:
+            rates = {"float32": sheet.float32, "float16": sheet.half, "bfloat16": sheet.half, "int8": sheet.int8}
+            peaks |= {name: Peak(rate * 1e12, sheet.source) for name, rate in rates.items()}
+        clock, width = getattr(has, "memory_clock_rate", 0), getattr(has, "memory_bus_width", 0)  # kHz, bits
+        if clock and width:  # torch before 2.7 does not tell
+            peaks["memory"] = Peak(2 * clock * 1e3 * width / 8, "memory clock and bus width, as the driver has them")
+        return peaks
+
+
+class EventTimer:
+    """Seconds that a block took on the device, between two of its events; asking waits for the second."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __enter__(self) -> EventTimer:
+        self._start.record(self._stream)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.record(self._stream)
+
+    @property
+    def seconds(self) -> float:
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+
+class AllocatorPeak:
+    """Most bytes of tensors on the device during a block, those of before it included: torch's allocator counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.peak_bytes = device, 0
+
+    def __enter__(self) -> AllocatorPeak:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
