@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..kernels.ops import dequantize, pack, unpack
+from .joint import Joint, join, siblings
 from .rtn import QTensor
 from .spec import ActivationSpec, QuantSpec
 
@@ -28,6 +29,7 @@ class QuantLinear(nn.Module):
     activation  how x is rounded; None: it is not
     x_scale, x_zero   float32 [1] and int32 [1], of a static activation; else None
     transform   of x, before anything else: the weight stands behind it; None: there is none
+    siblings    the layers that may share its input, itself among them, and `joint`: the weights of all, where they fit
     replaces    class name of the layer it stands for; stock readers can only unpack into "Linear"
     """
 
@@ -56,6 +58,8 @@ class QuantLinear(nn.Module):
         self.out_features = packed.shape[0]
         self.replaces = "Linear"
         self.transform: nn.Module | None = None
+        self.siblings: tuple[QuantLinear, ...] = ()
+        self.joint: Joint | None = None
         self.register_buffer("blocks", None, persistent=False)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
@@ -88,18 +92,26 @@ class QuantLinear(nn.Module):
             return self._multiply(x)
         # Without a gradient torch would still look for one, in Python: a third of what a call costs beside the kernel.
         with torch._C._AutoDispatchBelowAutograd():
+            if self.joint is not None and x.numel() == self.in_features:
+                y = self.joint.multiply(self, x)
+                if y is not None:
+                    return y
             return self._multiply(x)
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, blocks: Tensor, n: int) -> Tensor:
+        """x times n rows of weights in the run-time layout, of this layer's form."""
         held, a = self._buffers, self.activation  # held: a buffer as an attribute takes torch a microsecond to find
-        blocks, bias = held["blocks"], held["bias"]
+        weight = (blocks, held["bias"], n, *self.form)
+        if a is None:
+            return torch.ops.remanence.prepacked_linear(x, *weight)
+        grid = (held["x_scale"], held["x_zero"])
+        return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.symmetric, a.clip)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        blocks, a = self._buffers["blocks"], self.activation
         if blocks is not None:
-            weight = (blocks, bias, self.out_features, *self._form)
-            if a is None:
-                return torch.ops.remanence.prepacked_linear(x, *weight)
-            grid = (held["x_scale"], held["x_zero"])
-            return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.symmetric, a.clip)
-        stored = (self.packed, self.scale, self.zero, bias, self.spec.bits)
+            return self.product(x, blocks, self.out_features)
+        stored = (self.packed, self.scale, self.zero, self.bias, self.spec.bits)
         if a is None:
             return torch.ops.remanence.w4a16_linear(x, *stored)
         return torch.ops.remanence.integer_linear(x, self.x_scale, self.x_zero, *stored, a.bits, a.symmetric, a.clip)
@@ -109,22 +121,31 @@ class QuantLinear(nn.Module):
         packed = self._buffers["packed"]
         if packed is not None and packed.device.type == "cpu" and ops.available_isas():
             scale, zero = self.scale, self.zero
-            self._form = (scale.shape[1], self.spec.bits, ops.SCALE_TYPES[scale.dtype], zero is not None)
+            self.form = (scale.shape[1], self.spec.bits, ops.SCALE_TYPES[scale.dtype], zero is not None)
             self.blocks = ops.prepack(packed, scale, zero, self.spec.bits, self.in_features)
             self._buffers.update(dict.fromkeys(_STORED))
+            self.join_()
         return self
+
+    def join_(self) -> None:
+        """With its siblings, once all are laid out."""
+        if self.siblings and (joint := join(self.siblings)) is not None:
+            for member in self.siblings:
+                member.joint = joint
 
     def unprepack_(self) -> QuantLinear:
         """The stored layout again."""
         if self.blocks is not None:
             self.packed, self.scale, self.zero = self._stored()
             self.blocks = None
+            for member in self.siblings:
+                member.joint = None
         return self
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """packed, scale, zero, of `blocks`."""
         assert self.blocks is not None
-        n, form = self.out_features, self._form
+        n, form = self.out_features, self.form
         packed, scale, zero = torch.ops.remanence.unprepack(self.blocks, n, self.in_features, *form)
         return packed, scale, zero if form[-1] else None
 
@@ -163,7 +184,7 @@ class QuantLinear(nn.Module):
         """[N, K] float32."""
         if self.blocks is not None:
             return torch.ops.remanence.dequantize_prepacked(
-                self.blocks, self.out_features, self.in_features, *self._form
+                self.blocks, self.out_features, self.in_features, *self.form
             )
         return dequantize(self.packed, self.scale, self.zero, self.spec.bits, self.in_features)
 
@@ -177,8 +198,13 @@ class QuantLinear(nn.Module):
 
 
 def prepack_(model: Model) -> Model:
-    """Lay every packed layer out for the kernels of its device, in place, one after another."""
+    """Lay every packed layer out for the kernels of its device, in place, one after another; those that share their
+    input as one."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.prepack_()
+    for group in siblings(model, QuantLinear):
+        for member in group:
+            member.siblings = group
+        group[0].join_()
     return model

@@ -15,8 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def _interpret_triton():
-    """Without a GPU Triton's kernels run in its interpreter. Triton asks when it is imported, and many a library imports
-    it: so before the first test file, for the whole process."""
+    """Without a GPU Triton's kernels run in its interpreter. It is chosen when Triton is imported, and many a library
+    imports it: so before the first test file, for the whole process."""
     import torch
 
     if importlib.util.find_spec("triton") and not torch.cuda.is_available():

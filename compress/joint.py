@@ -1,0 +1,84 @@
+"""Layers that share their input (q, k, v; gate, up), multiplied together while a model decodes.
+
+With one row of x a product is short, and beginning one costs as much as the smallest layers take: their weights lie
+behind each other in the run-time layout, so one call multiplies them all. Which layers are given the same input is not
+taken from their names alone: the layer that is asked first computes for all, and each of the others takes its part only
+if it is asked with the very same tensor, unchanged. So no model's code has to be replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .linear import QuantLinear
+
+_BLOCK = 64  # rows of a block of the layout: all layers but the last have to fill theirs
+# By their names in one module: Llama and all that came of it; Mixtral's experts.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+class Joint:
+    """One product for all `members`, in their order."""
+
+    def __init__(self, members: Sequence[QuantLinear]) -> None:
+        blocks = [_blocks(member) for member in members]
+        self._blocks = torch.cat(blocks)
+        self._parts = self._blocks.split([len(part) for part in blocks])
+        self._widths = [member.out_features for member in members]
+        self._members = tuple(members)
+        self._found: tuple[Tensor, int, dict[QuantLinear, Tensor]] | None = None
+        for member, part in zip(members, self._parts, strict=True):
+            member.blocks = part
+
+    def multiply(self, member: QuantLinear, x: Tensor) -> Tensor | None:
+        """y of `member` for one row x; None where the members are no longer what was joined."""
+        changed = any(m._buffers["blocks"] is not part for m, part in zip(self._members, self._parts, strict=True))
+        if changed or x.is_inference():  # such a tensor does not tell whether it was changed
+            return None
+        found = self._found
+        if found is not None and found[0] is x and found[1] == x._version and member in found[2]:
+            y = found[2].pop(member)
+            if not found[2]:
+                self._found = None
+            return y
+        y = member.product(x, self._blocks, sum(self._widths))
+        rows = dict(zip(self._members, y.split(self._widths, -1), strict=True))
+        mine = rows.pop(member)
+        self._found = (x, x._version, rows)
+        return mine
+
+
+def _blocks(member: QuantLinear) -> Tensor:
+    assert member.blocks is not None
+    return member.blocks
+
+
+def join(members: Sequence[QuantLinear]) -> Joint | None:
+    """The members' weights as one, of which each `blocks` is a part then; None where they differ in form."""
+    first = members[0]
+    alike = all(
+        member.blocks is not None
+        and member.bias is None
+        and member.transform is None
+        and member.x_scale is None
+        and (member.in_features, member.form, member.activation) == (first.in_features, first.form, first.activation)
+        for member in members
+    )
+    whole = all(member.out_features % _BLOCK == 0 for member in members[:-1])
+    return Joint(members) if alike and whole else None
+
+
+def siblings(model: nn.Module, kind: type[QuantLinear]) -> list[tuple[QuantLinear, ...]]:
+    """The layers of a model that may share their input, by their names."""
+    found = []
+    for module in model.modules():
+        children: dict[str, Any] = dict(module.named_children())
+        for names in _TOGETHER:
+            if all(isinstance(children.get(name), kind) for name in names):
+                found.append(tuple(children[name] for name in names))
+    return found
