@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import _C, ops
+from ..kernels.cpu import in_large_pages
 from . import kernel_ggml as ggml
 
 GROUP_SIZE = 128
@@ -238,7 +239,7 @@ def _copy(first: Any) -> Any:
     if isinstance(first, tuple):
         return tuple(map(_copy, first))
     if isinstance(first, Ours):
-        return replace(first, blocks=first.blocks.clone())
+        return replace(first, blocks=in_large_pages(torch.empty_like(first.blocks)).copy_(first.blocks))
     return first.copy() if isinstance(first, ggml.Weight) else None
 
 

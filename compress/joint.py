@@ -26,8 +26,10 @@ class Joint:
     """One product for all `members`, in their order."""
 
     def __init__(self, members: Sequence[QuantLinear]) -> None:
+        from ..kernels.cpu import in_large_pages  # there, where anything is laid out
+
         blocks = [_blocks(member) for member in members]
-        self._blocks = torch.cat(blocks)
+        self._blocks = torch.cat(blocks, out=in_large_pages(torch.empty(sum(map(len, blocks)), dtype=torch.uint8)))
         self._parts = self._blocks.split([len(part) for part in blocks])
         self._widths = [member.out_features for member in members]
         self._members = tuple(members)

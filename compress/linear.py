@@ -129,9 +129,9 @@ class QuantLinear(nn.Module):
 
     def join_(self) -> None:
         """With its siblings, once all are laid out."""
-        if self.siblings and (joint := join(self.siblings)) is not None:
-            for member in self.siblings:
-                member.joint = joint
+        joint = join(self.siblings) if self.siblings else None
+        for member in self.siblings:
+            member.joint = joint
 
     def unprepack_(self) -> QuantLinear:
         """The stored layout again."""

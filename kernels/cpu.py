@@ -45,8 +45,14 @@ def dequantize(packed, scale, zero, bits, k):
     return w
 
 
+def in_large_pages(unwritten: torch.Tensor) -> torch.Tensor:
+    """The same tensor; Linux is asked for pages in which memory that is often read whole is read faster."""
+    _C.large_pages(unwritten.data_ptr(), unwritten.nbytes)
+    return unwritten
+
+
 def prepack(packed, scale, zero, bits, k):
-    blocks = shapes.prepack(packed, scale, zero, bits, k)
+    blocks = in_large_pages(shapes.prepack(packed, scale, zero, bits, k))
     n, groups = scale.shape
     _kept, weight = _stored(packed, scale, zero)
     _C.prepack(*weight, blocks.data_ptr(), n, k, groups, bits, torch.get_num_threads())

@@ -105,6 +105,7 @@ struct Vec {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
     }
 
+    static constexpr bool kInPlace = true;
     template <int BITS>
     static constexpr int offset() {
         return 0;
@@ -153,7 +154,7 @@ const Kernels avx2_kernels = {"avx2",
                               nullptr,
                               kLanes,
                               {direct_int8, place_int8, 8, kAlways, expand_int8, panel_int8, 64, 1024},
-                              {direct_float, place_float, kAlways, kAlways, expand_float, panel_float, 256, 512},
+                              {direct_float, place_float, 24, 24, expand_float, panel_float, 256, 512},
                               {}};
 
 }  // namespace remanence

@@ -60,6 +60,7 @@ struct Vec : Dot {
     }
 
     // A table of the 16 values of 4 bits, less their middle; the upper bits of a lane are not looked at.
+    static constexpr bool kInPlace = false;
     template <int BITS>
     static constexpr int offset() {
         return BITS == 2 || BITS == 4 ? 1 << (BITS - 1) : 0;

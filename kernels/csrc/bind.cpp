@@ -7,6 +7,7 @@
 #include "blocks.h"
 #include "gptq.h"
 #include "linear.h"
+#include "pages.h"
 #include "probe.h"
 #include "rows.h"
 
@@ -114,6 +115,8 @@ void clip_error(uintptr_t w, uintptr_t scale, uintptr_t zero, uintptr_t error, i
                           threads);
 }
 
+void large_pages(uintptr_t memory, int64_t bytes) { remanence::large_pages(at<void>(memory), bytes); }
+
 double peak(int kind, int threads, int repeats) { return remanence::peak(remanence::Arithmetic(kind), threads, repeats); }
 
 void set_isa(const std::string& name) {
@@ -152,6 +155,7 @@ NB_MODULE(_C, m) {
     m.def("quantize_per_token", &quantize_per_token, "x"_a, "type"_a, "m"_a, "k"_a, "bits"_a, "symmetric"_a, "clip"_a,
           "codes"_a, "scale"_a, "zero"_a, "threads"_a, release);
     m.def("hadamard", &hadamard, "x"_a, "type"_a, "y"_a, "m"_a, "n"_a, "threads"_a, release);
+    m.def("large_pages", &large_pages, "memory"_a, "bytes"_a, "Before it is written: a wish that may not be granted.");
     m.def("read_bandwidth", &remanence::read_bandwidth, "bytes"_a, "threads"_a, "repeats"_a, release,
           "Bytes a second, the best of some reads.");
     m.def("peak", &peak, "kind"_a, "threads"_a, "repeats"_a, release,

@@ -61,6 +61,7 @@ struct Vec {
         vst1_lane_s32(reinterpret_cast<int32_t*>(out), vreinterpret_s32_s8(bytes), 0);
     }
 
+    static constexpr bool kInPlace = false;
     template <int BITS>
     static constexpr int offset() {
         return 0;

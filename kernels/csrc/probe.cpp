@@ -4,9 +4,10 @@
 
 #include <atomic>
 #include <chrono>
-#include <vector>
+#include <memory>
 
 #include "isa.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace remanence {
@@ -37,10 +38,16 @@ double fastest(int repeats, const Function& f) {
 }  // namespace
 
 double read_bandwidth(int64_t bytes, int threads, int repeats) {
-    static std::vector<uint8_t> memory;    // kept: its pages are mapped once
+    static std::unique_ptr<uint8_t[]> memory;    // kept: its pages are mapped once
+    static int64_t held = 0;
     const int64_t pieces = bytes / kPiece < 1 ? 1 : bytes / kPiece;
-    if (int64_t(memory.size()) < pieces * kPiece) memory.assign(pieces * kPiece, 1);
-    const uint8_t* const from = memory.data();
+    if (held < pieces * kPiece) {
+        held = pieces * kPiece;
+        memory.reset(new uint8_t[held]);
+        large_pages(memory.get(), held);
+        memset(memory.get(), 1, held);
+    }
+    const uint8_t* const from = memory.get();
     const double took = fastest(repeats, [&] {
         parallel(pieces, threads, bytes, [&](int64_t i) { sink += kernels().read(from + i * kPiece, kPiece); });
     });

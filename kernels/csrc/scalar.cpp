@@ -131,6 +131,7 @@ struct Vec {
         for (int i = 0; i < kLanes; ++i) out[i] = int8_t(v.lane[i]);
     }
 
+    static constexpr bool kInPlace = false;
     template <int BITS>
     static constexpr int offset() {
         return 0;

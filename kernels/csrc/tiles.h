@@ -27,9 +27,10 @@ inline void load_words(const uint8_t* words, I* word) {
     UNROLL for (int line = 0; line < Step<BITS>::lines; ++line) word[line] = Vec::load(words + line * kLineBytes);
 }
 
-// What will be read in kAhead bytes; once for each cache line, `at` bytes into it.
+// What will be read in kAhead bytes; once for each cache line, `at` bytes into it. Inlined before all else: GCC takes a
+// function that only prefetches for one without effect, and leaves out its calls.
 template <int BITS>
-inline void prefetch(const uint8_t* words, int at) {
+[[gnu::always_inline]] inline void prefetch(const uint8_t* words, int at) {
     if (at % 64 == 0)
         UNROLL for (int line = 0; line < Step<BITS>::lines; ++line) __builtin_prefetch(words + line * kLineBytes + kAhead);
 }
@@ -51,6 +52,21 @@ template <int BITS>
 inline F number(const I* word, int q, int t) {
     if constexpr (BITS == 2 || BITS == 4) return Vec::small<BITS>(Vec::shift_right(word[0], BITS * q + 8 * t));
     return Vec::to_float(Vec::and_(Vec::shift_right(quad<BITS>(word, q), 8 * t), Vec::set(0xff)));
+}
+
+// The same where one row of x alone is multiplied: the code as it lies in its word, 2^place times as large, unless it lies
+// uppermost. A shift for each vector less, for a product for each x more.
+template <int BITS>
+constexpr int place_of(int q, int t) {
+    const int place = (BITS == 8 ? 0 : BITS * q) + 8 * t;
+    return place + BITS == 32 ? 0 : place;
+}
+
+template <int BITS>
+inline F number_in_place(const I* word, int q, int t) {
+    const int place = place_of<BITS>(q, t);
+    if (place == 0 && q + t > 0) return Vec::to_float(Vec::shift_right(word[0], 32 - BITS));
+    return Vec::to_float(Vec::and_(word[0], Vec::set(((1 << BITS) - 1) << place)));
 }
 
 // Steps of run r of a group.
@@ -113,6 +129,7 @@ template <int BITS, int R, int J>
 void direct_float_lanes(const Block& block, int lane, const float* x, const float* sums, float* y) {
     using S = Step<BITS>;
     constexpr int offset = Vec::offset<BITS>();
+    constexpr bool in_place = R == 1 && BITS != 3 && Vec::kInPlace;
     constexpr int C = R * J < 8 ? 2 : 1;    // two sums where the products would wait for each other
     const uint8_t* words = block.words + 4 * lane;
     F total[R][J];
@@ -131,12 +148,20 @@ void direct_float_lanes(const Block& block, int lane, const float* x, const floa
                 prefetch<BITS>(words + 4 * kLanes * j, 4 * kLanes * j);
             }
             UNROLL for (int q = 0; q < S::quads; ++q)
-                UNROLL for (int t = 0; t < 4; ++t)
+                UNROLL for (int t = 0; t < 4; ++t) {
+                    F feature[R];
+                    UNROLL for (int i = 0; i < R; ++i) feature[i] = Vec::spread(x + (4 * q + t) * R + i);
+                    if constexpr (in_place)
+                        feature[0] = Vec::mul(feature[0], Vec::spread(1.0f / float(1 << place_of<BITS>(q, t))));
                     UNROLL for (int j = 0; j < J; ++j) {
-                        const F code = number<BITS>(word[j], q, t);
-                        UNROLL for (int i = 0; i < R; ++i)
-                            sum[i][j][t % C] = Vec::fma(code, Vec::spread(x + (4 * q + t) * R + i), sum[i][j][t % C]);
+                        F code;
+                        if constexpr (in_place)
+                            code = number_in_place<BITS>(word[j], q, t);
+                        else
+                            code = number<BITS>(word[j], q, t);
+                        UNROLL for (int i = 0; i < R; ++i) sum[i][j][t % C] = Vec::fma(code, feature[i], sum[i][j][t % C]);
                     }
+                }
         }
         UNROLL for (int j = 0; j < J; ++j) {
             const int64_t at = g * kBlockRows + lane + kLanes * j;
