@@ -39,7 +39,7 @@ class Joint:
 
     def multiply(self, member: QuantLinear, x: Tensor) -> Tensor | None:
         """y of `member` for one row x; None where the members are no longer what was joined."""
-        changed = any(m._buffers["blocks"] is not part for m, part in zip(self._members, self._parts, strict=True))
+        changed = any(m._buffers.get("blocks") is not part for m, part in zip(self._members, self._parts, strict=True))
         if changed or x.is_inference():  # such a tensor does not tell whether it was changed
             return None
         found = self._found

@@ -60,7 +60,6 @@ class QuantLinear(nn.Module):
         self.transform: nn.Module | None = None
         self.siblings: tuple[QuantLinear, ...] = ()
         self.joint: Joint | None = None
-        self.register_buffer("blocks", None, persistent=False)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -85,7 +84,8 @@ class QuantLinear(nn.Module):
         return cls(q.spec, q.codes.shape[1], packed, q.scale, bias, q.zero, activation, static)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x."""
+        """x [..., K] -> [..., N] in the dtype of x and on its device; weights that are on another are copied for the
+        call."""
         if self.transform is not None:
             x = self.transform(x)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -108,13 +108,17 @@ class QuantLinear(nn.Module):
         return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.symmetric, a.clip)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        blocks, a = self._buffers["blocks"], self.activation
-        if blocks is not None:
+        blocks, a = self._buffers.get("blocks"), self.activation
+        if blocks is not None and x.is_cpu:
             return self.product(x, blocks, self.out_features)
-        stored = (self.packed, self.scale, self.zero, self.bias, self.spec.bits)
+        self.unprepack_()
+        stored = (self.packed, self.scale, self.zero, self.bias)
+        grid = (self.x_scale, self.x_zero)
+        if self.packed.device != x.device:  # offloaded: packed, the weight is soon brought to where it is multiplied
+            stored, grid = _brought(stored, x.device), _brought(grid, x.device)
         if a is None:
-            return torch.ops.remanence.w4a16_linear(x, *stored)
-        return torch.ops.remanence.integer_linear(x, self.x_scale, self.x_zero, *stored, a.bits, a.symmetric, a.clip)
+            return torch.ops.remanence.w4a16_linear(x, *stored, self.spec.bits)
+        return torch.ops.remanence.integer_linear(x, *grid, *stored, self.spec.bits, a.bits, a.symmetric, a.clip)
 
     def prepack_(self) -> QuantLinear:
         """Lay the weight out for the kernels of its device, where they have a layout of their own: on a CPU."""
@@ -122,10 +126,19 @@ class QuantLinear(nn.Module):
         if packed is not None and packed.device.type == "cpu" and ops.available_isas():
             scale, zero = self.scale, self.zero
             self.form = (scale.shape[1], self.spec.bits, ops.SCALE_TYPES[scale.dtype], zero is not None)
-            self.blocks = ops.prepack(packed, scale, zero, self.spec.bits, self.in_features)
+            self._lay(ops.prepack(packed, scale, zero, self.spec.bits, self.in_features))
             self._buffers.update(dict.fromkeys(_STORED))
             self.join_()
         return self
+
+    def _lay(self, blocks: Tensor | None) -> None:
+        """`blocks` as a buffer that no state_dict has. None is none at all: accelerate asks each for its device."""
+        if blocks is None:
+            del self._buffers["blocks"]
+            self._non_persistent_buffers_set.discard("blocks")
+        else:
+            self._buffers["blocks"] = blocks
+            self._non_persistent_buffers_set.add("blocks")
 
     def join_(self) -> None:
         """With its siblings, once all are laid out."""
@@ -137,7 +150,7 @@ class QuantLinear(nn.Module):
         """The stored layout again."""
         if self.blocks is not None:
             self.packed, self.scale, self.zero = self._stored()
-            self.blocks = None
+            self._lay(None)
             for member in self.siblings:
                 member.joint = None
         return self
@@ -150,6 +163,8 @@ class QuantLinear(nn.Module):
         return packed, scale, zero if form[-1] else None
 
     def __getattr__(self, name: str) -> Any:
+        if name == "blocks":
+            return self._buffers.get(name)
         if name in _STORED and self._buffers.get("blocks") is not None:
             return self._stored()[_STORED.index(name)]
         return super().__getattr__(name)
@@ -195,6 +210,10 @@ class QuantLinear(nn.Module):
             + ("" if spec.symmetric else ", asymmetric")
             + ("" if self.activation is None else f", activation={self.activation}")
         )
+
+
+def _brought(tensors: tuple[Tensor | None, ...], device: torch.device) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 def prepack_(model: Model) -> Model:

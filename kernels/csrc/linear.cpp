@@ -1,6 +1,7 @@
 // How a product is cut up. Rows of x go in chunks, and within these in tiles; rows of the weight in blocks of 64, each the
-// work of one thread. With few rows of x a block is multiplied from its packed words; with more, a piece of it that fits
-// the second-level cache is expanded once and meets one tile after another. Never more of the weight than that is dense.
+// work of one thread. With few rows of x a block is multiplied from its packed words; with more, a piece of it is expanded
+// once and meets one tile after another: as many groups as the second-level cache holds, at least one. Never more of the
+// weight than that is dense.
 #include "linear.h"
 
 #include <math.h>
