@@ -86,12 +86,14 @@ def _dense(w: Ours) -> Tensor:
 
 
 def _weight_only(x: Tensor, w: Ours) -> Tensor:
-    return torch.ops.remanence.prepacked_linear(x, w.blocks, None, w.n, w.groups, w.bits, 2, False)
+    with torch._C._AutoDispatchBelowAutograd():  # as QuantLinear calls it
+        return torch.ops.remanence.prepacked_linear(x, w.blocks, None, w.n, w.groups, w.bits, 2, False)
 
 
 def _integer(x: Tensor, w: Ours) -> Tensor:
     form = (w.n, w.groups, w.bits, 2, False)
-    return torch.ops.remanence.prepacked_integer_linear(x, None, None, w.blocks, None, *form, 8, True, 1.0)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.remanence.prepacked_integer_linear(x, None, None, w.blocks, None, *form, 8, True, 1.0)
 
 
 def _kernel(x: Tensor, w: Ours, integer: bool) -> Tensor:

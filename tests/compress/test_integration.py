@@ -207,7 +207,7 @@ def test_dequantized_it_is_dense_and_of_the_same_numbers(arch, saved):
     assert packed(dense) == {}
     assert not hasattr(dense.config, "quantization_config")
     assert all(layer.weight.requires_grad for layer in dense.modules() if isinstance(layer, nn.Linear))
-    torch.testing.assert_close(logits(dense), before, rtol=1e-5, atol=1e-5)  # sums in another order
+    torch.testing.assert_close(logits(dense), before, rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 def test_nothing_dense_is_made_before_reading(saved, untrained):
