@@ -140,6 +140,13 @@ struct Vec {
         return to_float(and_(v, set((1 << BITS) - 1)));
     }
 
+    template <ScaleType TYPE>
+    static F expand24(const uint8_t* values, uint32_t marked) {
+        float out[kLanes] = {};
+        place24(values, TYPE, kLanes, marked, out);
+        return load_floats(out);
+    }
+
     static I dot_wide(I sum, I codes, I x) {
         return each<I>([&](int i) {
             int32_t out = sum.lane[i];
@@ -159,6 +166,8 @@ constexpr int kPanelVectors = 1;
 
 #include "tiles.h"
 
+#include "sparse24_rows.h"
+
 namespace remanence {
 
 const Kernels scalar_kernels = {"scalar",
@@ -168,6 +177,8 @@ const Kernels scalar_kernels = {"scalar",
                                 store_row,
                                 quantize_row,
                                 hadamard_row,
+                                multiply24,
+                                expand24,
                                 read_bytes,
                                 peak_float,
                                 peak_int8,
