@@ -115,13 +115,13 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...]
 
 
-def _library(tensor: Any, *multiples: int) -> Kernel:
+def _library(tensor: Any, multiples: tuple[int, int]) -> Kernel:
     return Kernel(SemiStructuredLinear, tensor.from_dense, multiples, _DEVICE_DTYPES)
 
 
 KERNELS = {
-    "cusparselt": _library(torch.sparse.SparseSemiStructuredTensorCUSPARSELT, 16, 16),
-    "cutlass": _library(torch.sparse.SparseSemiStructuredTensorCUTLASS, 32, 64),
+    "cusparselt": _library(torch.sparse.SparseSemiStructuredTensorCUSPARSELT, (16, 16)),
+    "cutlass": _library(torch.sparse.SparseSemiStructuredTensorCUTLASS, (32, 64)),
     "bitmask": Kernel(BitmaskLinear, compress24, (1, 4), DTYPES),
 }
 
