@@ -56,8 +56,7 @@ struct Multiply {
     int64_t panel_bytes, panel_most;
 };
 
-// K is a multiple of four. No bitmask is beyond what the kernels stand: which features the two values of four go to, or
-// to one or none, is all that it decides.
+// K is a multiple of four. Any bitmask is safe: where values are read follows from K alone, where they go from the bitmask.
 struct Sparse24 {
     const void* values;
     ScaleType type;

@@ -1,7 +1,5 @@
 // Rows of a 2:4 weight, written once: each vector of features is expanded in a register, with zeros where none is kept, so
 // that what is not finite in x gives what a dense weight gives. Included after tiles.h.
-//
-// Every four features have their two values at a place that does not hang on the bitmask: no bitmask makes it read beyond.
 #include "isa.h"
 
 namespace remanence {
@@ -30,7 +28,8 @@ struct Row24 {
         const uint32_t marked = kLanes == 4 ? *byte >> k % 8 & 15 : kLanes == 8 ? *byte : *byte | uint32_t(byte[1]) << 8;
         return Vec::expand24<TYPE>(values + k / 2 * kBytes, marked);
     }
-    // What stands at the same place in the next pair of rows: the hardware's own looking ahead stops at every page.
+    // The same place in the next pair of rows, which the hardware, stopping at every page, would fetch late: 1.3 times
+    // as fast with one row of x.
     void prefetch(int64_t k, int64_t all) const { __builtin_prefetch(values + (all + k / 2) * kBytes); }
     F rest() const { return Vec::expand24<TYPE>(last, last_marked); }
 };
@@ -76,7 +75,7 @@ void multiply24_rows(const Row24<TYPE>* row, int count, int64_t k, const float* 
 template <ScaleType TYPE>
 void multiply24_type(const Sparse24& weight, int64_t first, int count, int rows, const float* x, float* y) {
     static_assert(kRows24 == 4);
-    const Row24<TYPE> row[2] = {{weight, first}, {weight, first + count - 1}};    // of a single one nothing is made twice
+    const Row24<TYPE> row[2] = {{weight, first}, {weight, first + count - 1}};    // a single row stands in both places
     switch (rows) {
         case 1: return multiply24_rows<TYPE, 1>(row, count, weight.k, x, y);
         case 2: return multiply24_rows<TYPE, 2>(row, count, weight.k, x, y);
