@@ -65,7 +65,8 @@ class SemiStructuredLinear(Sparse24Linear):
     """For GPUs: `weight` [N, K] is torch's semi-structured tensor."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, replaces: str = "Linear") -> None:
-        super().__init__(*weight.shape, bias, replaces)
+        N, K = weight.shape
+        super().__init__(N, K, bias, replaces)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +89,8 @@ class BitmaskLinear(Sparse24Linear):
     bitmask: Tensor
 
     def __init__(self, parts: Mapping[str, Tensor], bias: Tensor | None, replaces: str = "Linear") -> None:
-        super().__init__(*parts["shape"].flatten().tolist(), bias, replaces)
+        N, K = parts["shape"].flatten().tolist()
+        super().__init__(N, K, bias, replaces)
         self.register_buffer("compressed", parts["compressed"])
         self.register_buffer("bitmask", parts["bitmask"])
 
