@@ -138,7 +138,7 @@ struct Vec {
     template <ScaleType TYPE>
     static F expand24(const uint8_t* values, uint32_t marked) {
         const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kPlaces24.of[marked]));
-        if (TYPE == ScaleType::float32) {    // value i at the even place 2 i, which is what the pair (2 i, 2 i + 1) says
+        if (TYPE == ScaleType::float32) {    // value i at place 2 i, which the pair (2 i, 2 i + 1) says
             const I spread = _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
             const I places32 = _mm256_cvtepi16_epi32(places);
             const I moved = _mm256_permutevar8x32_epi32(spread, places32);

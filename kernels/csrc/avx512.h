@@ -62,9 +62,13 @@ struct Vec : Dot {
     template <ScaleType TYPE>
     static F expand24(const uint8_t* values, uint32_t marked) {
         const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-        const __m256 eight = TYPE == ScaleType::float32   ? _mm256_loadu_ps(reinterpret_cast<const float*>(values))
-                             : TYPE == ScaleType::float16 ? _mm256_cvtph_ps(halves)
-                                                          : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+        __m256 eight;
+        if (TYPE == ScaleType::float32)
+            eight = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
+        else if (TYPE == ScaleType::float16)
+            eight = _mm256_cvtph_ps(halves);
+        else
+            eight = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
         return _mm512_maskz_expand_ps(__mmask16(marked), _mm512_castps256_ps512(eight));
     }
 

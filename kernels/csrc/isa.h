@@ -56,7 +56,7 @@ struct Multiply {
     int64_t panel_bytes, panel_most;
 };
 
-// K is a multiple of four. Any bitmask is safe: where values are read follows from K alone, where they go from the bitmask.
+// K is a multiple of four. Any bitmask is safe: it says where values go, and never where they are read.
 struct Sparse24 {
     const void* values;
     ScaleType type;
@@ -82,7 +82,7 @@ struct Kernels {
     void (*quantize_row)(const float* x, int64_t k, const Grid& grid, int8_t* codes, float* scale, int32_t* zero);
     // y = Hadamard matrix (Sylvester's, n = 2^m) times x, in place, times `factor`.
     void (*hadamard_row)(float* x, int64_t n, float factor);
-    // Rows first .. first + count - 1 (1 or 2) by `rows` <= kRows24 of x [rows][padded24(K)]; overwrites y [rows][kBlock24].
+    // Rows first .. first + count - 1 (1 or 2) by `rows` <= kRows24 of x [rows][padded24(K)]; y [rows][kBlock24].
     void (*multiply24)(const Sparse24& weight, int64_t first, int count, int rows, const float* x, float* y);
     void (*expand24)(const Sparse24& weight, int64_t row, float* w);    // -> w [K]
     // Reads n bytes (a multiple of 1024) once.

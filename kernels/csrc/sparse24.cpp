@@ -1,5 +1,5 @@
-// How a product with a 2:4 weight is cut up: x becomes float32 once; then each thread takes blocks of rows of the weight,
-// and a pair of rows, expanded in registers, meets a few rows of x at once.
+// How a product with a 2:4 weight is cut up: x becomes float32 once; then each thread takes blocks of rows of the
+// weight, and a pair of rows, expanded in registers, meets a few rows of x at once.
 #include "sparse24.h"
 
 #include <string.h>
@@ -21,7 +21,9 @@ void sparse24_linear(const Matrix& x, const Sparse24& weight, const Matrix& bias
     const Kernels& kernel = kernels();
     const int64_t n = weight.n, k = weight.k, stride = padded24(k);
     float* const rows = wide.get<float>(m * stride);
-    const auto row_at = [&](const void* data, int64_t at) { return static_cast<const uint8_t*>(data) + at * bytes_of(x.type); };
+    const auto row_at = [&](const void* data, int64_t at) {
+        return static_cast<const uint8_t*>(data) + at * bytes_of(x.type);
+    };
     parallel(m, threads, m * k, [&](int64_t i) {
         kernel.load_row(row_at(x.data, i * k), x.type, k, rows + i * stride);
         memset(rows + i * stride + k, 0, (stride - k) * sizeof(float));
@@ -47,7 +49,8 @@ void sparse24_linear(const Matrix& x, const Sparse24& weight, const Matrix& bias
 
 void expand24(const Sparse24& weight, float* w, int threads) {
     const Kernels& kernel = kernels();
-    parallel(weight.n, threads, weight.n * weight.k, [&](int64_t row) { kernel.expand24(weight, row, w + row * weight.k); });
+    parallel(weight.n, threads, weight.n * weight.k,
+             [&](int64_t row) { kernel.expand24(weight, row, w + row * weight.k); });
 }
 
 }  // namespace remanence

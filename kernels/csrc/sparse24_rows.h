@@ -1,5 +1,5 @@
-// Rows of a 2:4 weight, written once: each vector of features is expanded in a register, with zeros where none is kept, so
-// that what is not finite in x gives what a dense weight gives. Included after tiles.h.
+// Rows of a 2:4 weight, written once: each vector of features is expanded in a register, with zeros where none is kept,
+// so that what is not finite in x gives what a dense weight gives. Included after tiles.h.
 #include "isa.h"
 
 namespace remanence {
@@ -25,7 +25,9 @@ struct Row24 {
 
     F at(int64_t k) const {
         const uint8_t* const byte = bitmask + k / 8;
-        const uint32_t marked = kLanes == 4 ? *byte >> k % 8 & 15 : kLanes == 8 ? *byte : *byte | uint32_t(byte[1]) << 8;
+        const uint32_t marked = kLanes == 4   ? *byte >> k % 8 & 15
+                                : kLanes == 8 ? *byte
+                                              : *byte | uint32_t(byte[1]) << 8;
         return Vec::expand24<TYPE>(values + k / 2 * kBytes, marked);
     }
     // The same place in the next pair of rows, which the hardware, stopping at every page, would fetch late: 1.3 times
@@ -61,7 +63,10 @@ void multiply24_rows(const Row24<TYPE>* row, int count, int64_t k, const float* 
     for (; at + S * kLanes <= k; at += S * kLanes) {
         row[0].prefetch(at, k);
         row[1].prefetch(at, k);
-        UNROLL for (int s = 0; s < S; ++s) add(sum[s], row[0].at(at + s * kLanes), row[1].at(at + s * kLanes), at + s * kLanes);
+        UNROLL for (int s = 0; s < S; ++s) {
+            const int64_t step = at + s * kLanes;
+            add(sum[s], row[0].at(step), row[1].at(step), step);
+        }
     }
     for (; at + kLanes <= k; at += kLanes) add(sum[0], row[0].at(at), row[1].at(at), at);
     if (at < k) add(sum[0], row[0].rest(), row[1].rest(), at);
