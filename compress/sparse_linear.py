@@ -1,13 +1,14 @@
-"""2:4 sparse layers on the GPU: tensor cores that leave out two of every four products (Mishra et al. 2021,
-arXiv 2104.08378), through torch's semi-structured sparse tensors.
+"""2:4 sparse layers (Mishra et al. 2021, arXiv 2104.08378). On the GPU: tensor cores that leave out two of every four
+products, through torch's semi-structured sparse tensors. On the CPU: the stored layout (formats/sparse24.py) is what is
+read for every token, 9/16 of the bytes of a dense weight of 16 bits, and is expanded in registers.
 
 The weight takes K/2 values and 2 bits for each of them instead of K values. The numbers are those of the dense layer,
-up to the order of its sums. For inference: there is no gradient of a weight, and none through it.
+up to the order of its sums. For inference: there is no gradient of a weight, and on the GPU none through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,51 +17,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels import ops
 from .block import Linear
-from .formats.sparse24 import DTYPES, is_24
+from .formats.sparse24 import DTYPES, compress24, decompress24, is_24
 from .walk import replace, weight_of
 
-Pack = Callable[[Tensor], Tensor]
 # Ampere, the first with sparse tensor cores.
 _CAPABILITY = (8, 0)
 # At float32 the hardware's pattern is another one, one of every two.
 _DEVICE_DTYPES = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A library that multiplies with 2:4 weights.
+class Sparse24Linear(nn.Module):
+    """y = x @ W.T + bias with a 2:4 weight [N, K], which a subclass holds; in a state_dict it is the dense one, as the
+    layer that it stands for has it.
 
-    pack      weight [N, K] on a GPU -> torch's tensor for it
-    multiples of N and of K that it takes
-    """
-
-    pack: Pack
-    multiples: tuple[int, int]
-
-
-KERNELS = {
-    "cusparselt": Kernel(torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense, (16, 16)),
-    "cutlass": Kernel(torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense, (32, 64)),
-}
-
-
-class SemiStructuredLinear(nn.Module):
-    """y = x @ W.T + bias with a 2:4 weight.
-
-    weight    [N, K], torch's semi-structured tensor; in a state_dict the dense one, as the layer it stands for has it
     bias      [N] or None
     replaces  class name of that layer
     """
 
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, replaces: str = "Linear") -> None:
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, replaces: str) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = out_features, in_features
         self.replaces = replaces
-        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def dense(self) -> Tensor:
+        """W [N, K], exact."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: ARG002
+        weight = self.dense()
+        destination[f"{prefix}weight"] = weight.T.contiguous() if self.replaces == "Conv1D" else weight
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias.detach()
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise ValueError("state_dict: a 2:4 sparse layer takes no weights; load them into the dense model first")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, 2:4"
+
+
+class SemiStructuredLinear(Sparse24Linear):
+    """For GPUs: `weight` [N, K] is torch's semi-structured tensor."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, replaces: str = "Linear") -> None:
+        N, K = weight.shape
+        super().__init__(N, K, bias, replaces)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""
@@ -71,21 +78,54 @@ class SemiStructuredLinear(nn.Module):
         return y.contiguous().view(shape)  # some versions of torch return the transpose of what a library computed
 
     def dense(self) -> Tensor:
-        """[N, K]: exact, as every value is multiplied by one 1."""
-        weight: Any = self.weight
+        weight: Any = self.weight  # every value is multiplied by one 1
         return weight.detach().to_dense()
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: ARG002
-        weight = self.dense()
-        destination[f"{prefix}weight"] = weight.T.contiguous() if self.replaces == "Conv1D" else weight
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias.detach()
 
-    def _load_from_state_dict(self, *_: Any) -> None:
-        raise ValueError("state_dict: a semi-structured layer takes no weights; load them into the dense model first")
+class BitmaskLinear(Sparse24Linear):
+    """For CPUs: `compressed` [N, K/2] and `bitmask` uint8 [N, ceil(K/8)] as `compress24` makes them."""
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, 2:4"
+    compressed: Tensor
+    bitmask: Tensor
+
+    def __init__(self, parts: Mapping[str, Tensor], bias: Tensor | None, replaces: str = "Linear") -> None:
+        N, K = parts["shape"].flatten().tolist()
+        super().__init__(N, K, bias, replaces)
+        self.register_buffer("compressed", parts["compressed"])
+        self.register_buffer("bitmask", parts["bitmask"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x."""
+        return ops.sparse24_linear(x, self.compressed, self.bitmask, self.bias)
+
+    def dense(self) -> Tensor:
+        shape = torch.tensor([[self.out_features], [self.in_features]])
+        return decompress24({"compressed": self.compressed, "bitmask": self.bitmask, "shape": shape})
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What multiplies with 2:4 weights.
+
+    pack      weight [N, K] on its device -> what `layer` is made of
+    multiples of N and of K that it takes, in one of `dtypes`
+    """
+
+    layer: Callable[[Any, Tensor | None, str], Sparse24Linear]
+    pack: Callable[[Tensor], Any]
+    multiples: tuple[int, int]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def _library(tensor: Any, multiples: tuple[int, int]) -> Kernel:
+    return Kernel(SemiStructuredLinear, tensor.from_dense, multiples, _DEVICE_DTYPES)
+
+
+KERNELS = {
+    "cusparselt": _library(torch.sparse.SparseSemiStructuredTensorCUSPARSELT, (16, 16)),
+    "cutlass": _library(torch.sparse.SparseSemiStructuredTensorCUTLASS, (32, 64)),
+    "bitmask": Kernel(BitmaskLinear, compress24, (1, 4), DTYPES),
+}
 
 
 def layers_24(model: nn.Module) -> dict[str, Linear]:
@@ -108,14 +148,14 @@ def layers_24(model: nn.Module) -> dict[str, Linear]:
 
 @torch.no_grad()
 def semi_structured_(model: nn.Module) -> list[str]:
-    """Have every 2:4 layer of a model on a GPU multiply sparse, in place; the names of these layers.
+    """Have every 2:4 layer of a model on a GPU or CPU multiply sparse, in place; the names of these layers.
 
     Raises ValueError, before anything is replaced, for a model without such a layer, and for a device, dtype or shape
     that the sparse product is not to be had for.
     """
     kernels = _kernels(model)
     for name, kernel in kernels.items():
-        swap_(model, [name], KERNELS[kernel].pack)
+        swap_(model, [name], KERNELS[kernel])
     return list(kernels)
 
 
@@ -129,13 +169,16 @@ def _kernels(model: nn.Module) -> dict[str, str]:
     for name, module in layers.items():
         check_layer(name, weight_of(module), kernels[module.weight.device])
     for device, kernel in kernels.items():
-        _try(device, kernel)
+        if device.type == "cuda":
+            _try(device, kernel)
     return {name: kernels[module.weight.device] for name, module in layers.items()}
 
 
 def kernel_of(device: torch.device) -> str:
     """The key in KERNELS of what this device multiplies with; ValueError where there is nothing."""
-    wanted = "expected an NVIDIA GPU of compute capability 8.0 or newer"
+    wanted = "expected a CPU, or an NVIDIA GPU of compute capability 8.0 or newer"
+    if device.type == "cpu":
+        return "bitmask"
     if device.type != "cuda":
         raise ValueError(f"device: {device} has no 2:4 sparse product; {wanted}")
     capability = torch.cuda.get_device_capability(device)
@@ -151,7 +194,7 @@ def kernel_of(device: torch.device) -> str:
 
 def check_layer(name: str, weight: Tensor, kernel: str) -> None:
     """ValueError when weight [N, K] of the layer called `name` has a dtype or shape that KERNELS[kernel] lacks."""
-    if weight.dtype not in _DEVICE_DTYPES:
+    if weight.dtype not in KERNELS[kernel].dtypes:
         raise ValueError(f"{name}: dtype {weight.dtype}; the 2:4 sparse product takes float16 and bfloat16")
     N, K = weight.shape
     rows, columns = KERNELS[kernel].multiples
@@ -161,12 +204,12 @@ def check_layer(name: str, weight: Tensor, kernel: str) -> None:
         )
 
 
-def swap_(model: nn.Module, names: Sequence[str], pack: Pack) -> None:
-    """Put a SemiStructuredLinear in the place of each linear layer of these names, with the weight that `pack` makes
-    of [N, K]."""
+def swap_(model: nn.Module, names: Sequence[str], kernel: Kernel) -> None:
+    """Put the kernel's layer in the place of each linear layer of these names."""
     for name in names:
         dense: Any = model.get_submodule(name)
-        layer = SemiStructuredLinear(pack(weight_of(dense).detach().contiguous()), dense.bias, type(dense).__name__)
+        weight = kernel.pack(weight_of(dense).detach().contiguous())
+        layer = kernel.layer(weight, dense.bias, type(dense).__name__)
         replace(model, name, layer.train(dense.training))
         if hasattr(dense, "_hf_hook"):  # moves the input to the layer's device, in models spread over several
             from accelerate.hooks import add_hook_to_module

@@ -173,6 +173,21 @@ def check_prepacked_integer_linear(
     check_given_grid(x_scale, x_zero, x_bits, clip)
 
 
+def check_sparse24_linear(x, compressed, bitmask, bias):
+    k = x.shape[-1] if x.dim() else 0
+    if x.dtype not in FLOATS or k == 0 or k % 4:
+        raise ValueError(
+            f"x: {x.dtype} {list(x.shape)}, expected float32, float16 or bfloat16 [..., K], K a multiple of 4"
+        )
+    if compressed.dim() != 2:
+        raise ValueError(f"compressed: shape {list(compressed.shape)} is not [N, {k // 2}]")
+    n = compressed.shape[0]
+    check_tensor("compressed", compressed, FLOATS, (n, k // 2))
+    check_tensor("bitmask", bitmask, _UINT8, (n, (k + 7) // 8))
+    if bias is not None:
+        check_tensor("bias", bias, FLOATS, (n,))
+
+
 def check_hadamard(x):
     n = x.shape[-1] if x.dim() else 0
     if x.dtype not in (*FLOATS, torch.float64) or n < 1 or n & (n - 1):

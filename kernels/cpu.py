@@ -4,6 +4,7 @@ Each function takes the arguments of the op it is named for.
 """
 
 import torch
+import torch.nn.functional as F
 
 from . import _C, reference, shapes
 from .checks import SCALE_TYPES, check_groups, check_range
@@ -159,6 +160,60 @@ def _integer_linear(
         _at(x_zero),
         torch.get_num_threads(),
     )
+    return y
+
+
+# Rows of x above which torch's product with a tile of the weight, expanded, is faster; measured on AVX2.
+_ROWS24 = 16
+_TILE24 = 256  # rows of the weight
+
+
+def sparse24_linear(x, compressed, bitmask, bias):
+    x, compressed, bitmask = x.contiguous(), compressed.contiguous(), bitmask.contiguous()
+    y, k = shapes.sparse24_linear(x, compressed, bitmask, bias), x.shape[-1]
+    m, n = x.numel() // k, compressed.shape[0]
+    if m > _ROWS24:
+        return _in_tiles(x, compressed, bitmask, bias, y)
+    bias = None if bias is None else bias.contiguous()
+    _C.sparse24_linear(
+        x.data_ptr(),
+        SCALE_TYPES[x.dtype],
+        compressed.data_ptr(),
+        SCALE_TYPES[compressed.dtype],
+        bitmask.data_ptr(),
+        _at(bias),
+        _type(bias),
+        y.data_ptr(),
+        m,
+        n,
+        k,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _in_tiles(x, compressed, bitmask, bias, y):
+    """Fills y [..., N] by torch's own products, in bfloat16 where all is in it and the processor multiplies it."""
+    k, n = x.shape[-1], compressed.shape[0]
+    dtypes = {tensor.dtype for tensor in (x, compressed, bias) if tensor is not None}
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and _C.isa() == "avx512_bf16" else torch.float32
+    rows, out = x.reshape(-1, k).to(dtype), y.view(-1, n)
+    bias = None if bias is None else bias.to(dtype)
+    w = x.new_empty(min(_TILE24, n), k, dtype=torch.float32)
+    for first in range(0, n, _TILE24):
+        values, bits = compressed[first : first + _TILE24], bitmask[first : first + _TILE24]
+        count = len(values)
+        _C.expand24(
+            values.data_ptr(),
+            SCALE_TYPES[values.dtype],
+            bits.data_ptr(),
+            w.data_ptr(),
+            count,
+            k,
+            torch.get_num_threads(),
+        )
+        part = slice(first, first + count)
+        out[:, part] = F.linear(rows, w[:count].to(dtype), None if bias is None else bias[part])
     return y
 
 

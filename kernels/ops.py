@@ -41,6 +41,7 @@ __all__ = [
     "prepacked_linear",
     "quantize_per_token",
     "set_isa",
+    "sparse24_linear",
     "unpack",
     "unprepack",
     "w4a4_linear",
@@ -192,6 +193,21 @@ def prepacked_integer_linear(
     )
 
 
+def sparse24_linear(
+    x: torch.Tensor, compressed: torch.Tensor, bitmask: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [..., K] @ w.T + bias [N] -> y [..., N] in x's dtype (float32, float16 or bfloat16), with sums in float32; w is
+    2:4, and stored as compress/formats/sparse24.py stores it.
+
+    compressed  [N, K/2] in one of these dtypes: of every four adjacent inputs the two values that are kept
+    bitmask     uint8 [N, ceil(K/8)], bit k % 8 of byte k // 8: whether input k is kept
+    What is not finite in x gives what a dense weight with zeros gives. Nothing checks that two of each four are marked:
+    where it is not so, a row of w has its values at other places, and nothing beyond the tensors is read.
+    Gradients flow to x and bias, never to the weight. ValueError where a shape or dtype does not fit.
+    """
+    return torch.ops.remanence.sparse24_linear(x, compressed, bitmask, bias)
+
+
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """x [..., 2^j] times Sylvester's Hadamard matrix over the root of its size, in x's dtype; in float32 or wider.
 
@@ -256,6 +272,7 @@ _SCHEMAS = (
     "Tensor? bias, int bits, int x_bits, bool symmetric, float clip) -> Tensor",
     "prepacked_integer_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor blocks, Tensor? bias, SymInt n, "
     "int groups, int bits, int scale_type, bool zero, int x_bits, bool symmetric, float clip) -> Tensor",
+    "sparse24_linear(Tensor x, Tensor compressed, Tensor bitmask, Tensor? bias) -> Tensor",
     "hadamard(Tensor x) -> Tensor",
     "gptq_block(Tensor running, Tensor upper, Tensor scale, Tensor? zero, Tensor group, Tensor? kept, Tensor? push, "
     "int bits) -> (Tensor, Tensor)",
@@ -351,6 +368,10 @@ def _dense_prepacked(blocks, n, groups, bits, scale_type, zero, k):
     return torch.ops.remanence.dequantize_prepacked(blocks, n, k, groups, bits, scale_type, zero)
 
 
+def _dense_24(compressed, bitmask, k):
+    return reference.expand24(compressed, bitmask, k).float()
+
+
 def _names(schema: str) -> list[str]:
     arguments = schema[schema.index("(") + 1 : schema.index(")")].split(",")
     return [argument.split()[-1] for argument in arguments]
@@ -360,7 +381,8 @@ for _schema in _SCHEMAS:
     _define(_schema)
     _name = _schema.partition("(")[0]
     if _name.endswith("linear"):
-        _differentiable(_name, _names(_schema), _dense_prepacked if "blocks" in _schema else _dense)
+        _weight = _dense_24 if "bitmask" in _schema else _dense_prepacked if "blocks" in _schema else _dense
+        _differentiable(_name, _names(_schema), _weight)
 for _name, (_bits, _x_bits) in _FIXED.items():
     _define_fixed(_name, _bits, _x_bits)
     _differentiable(_name, _names(_name + _FIXED_ARGUMENTS), _dense, bits=_bits)

@@ -159,6 +159,23 @@ def _stored(
     return packed, scale, zeros if zero else None
 
 
+def expand24(compressed: torch.Tensor, bitmask: torch.Tensor, k: int) -> torch.Tensor:
+    """compressed [N, K/2], bitmask uint8 [N, ceil(K/8)] -> w [N, K] with its zeros, in the values' dtype."""
+    n = compressed.shape[0]
+    kept = (bitmask[..., None] >> _range(8, bitmask) & 1).reshape(n, -1)[:, :k].reshape(n, k // 4, 4).bool()
+    place = kept.cumsum(-1) - 1  # which of the two values of its four
+    values = compressed.reshape(n, k // 4, 2).gather(-1, place.clamp(0, 1))
+    return values.masked_fill(~kept | (place > 1), 0).reshape(n, k)
+
+
+def sparse24_linear(
+    x: torch.Tensor, compressed: torch.Tensor, bitmask: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [..., K] @ w.T + bias [N] -> y [..., N] in x's dtype, computed in float32."""
+    w = expand24(compressed, bitmask, x.shape[-1]).float()
+    return F.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
+
+
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """x [..., 2^j] times Sylvester's Hadamard matrix over the root of its size, in float32 or wider -> in x's dtype."""
     n = x.shape[-1]

@@ -64,6 +64,10 @@ def quantize_per_token(x, _bits, _symmetric, _clip):
     )
 
 
+def sparse24_linear(x, compressed, _bitmask, _bias):
+    return x.new_empty(*x.shape[:-1], compressed.shape[0])
+
+
 def hadamard(x):
     return x.new_empty(x.shape)
 

@@ -55,6 +55,26 @@ void scale_row(const uint8_t* codes, const float* scale, const float* zero, int6
     }
 }
 
+// For every byte of a 2:4 bitmask, where each of its eight features finds the two bytes of its half among four halves.
+struct Places24 {
+    alignas(16) uint8_t of[256][16];
+};
+
+constexpr Places24 places24() {
+    Places24 places = {};
+    for (int marked = 0; marked < 256; ++marked)
+        for (int k = 0, at = 0; k < 8; ++k) {
+            if (k == 4) at = 2;
+            const bool kept = marked >> k & 1 && at < (k < 4 ? 2 : 4);
+            places.of[marked][2 * k] = kept ? uint8_t(2 * at) : 0x80;
+            places.of[marked][2 * k + 1] = kept ? uint8_t(2 * at + 1) : 0x80;
+            at += kept;
+        }
+    return places;
+}
+
+constexpr Places24 kPlaces24 = places24();
+
 struct Vec {
     static constexpr int kLanes = 8;
     using F = __m256;
@@ -115,6 +135,21 @@ struct Vec {
         return to_float(and_(v, set((1 << BITS) - 1)));
     }
 
+    // Halves are moved as pairs of bytes; places with the highest bit set become zeros.
+    template <ScaleType TYPE>
+    static F expand24(const uint8_t* values, uint32_t marked) {
+        const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kPlaces24.of[marked]));
+        if (TYPE == ScaleType::float32) {    // value i at place 2 i, which the pair (2 i, 2 i + 1) says
+            const I spread = _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+            const I places32 = _mm256_cvtepi16_epi32(places);
+            const I moved = _mm256_permutevar8x32_epi32(spread, places32);
+            return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_srai_epi32(places32, 31), moved));
+        }
+        const __m128i halves = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), places);
+        if (TYPE == ScaleType::float16) return _mm256_cvtph_ps(halves);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+
     // Products of a byte's pair are summed in 16 bits: 4 * 15 * 128 fits, 2 * 255 * 128 would not.
     static I dot_two(I sum, I codes, I x, I more, I other) {
         const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(codes, x), _mm256_maddubs_epi16(more, other));
@@ -137,6 +172,8 @@ constexpr int kPanelVectors = 2;
 
 #include "tiles.h"
 
+#include "sparse24_rows.h"
+
 #include "panel_int8.h"
 
 namespace remanence {
@@ -148,6 +185,8 @@ const Kernels avx2_kernels = {"avx2",
                               store_row,
                               quantize_row,
                               hadamard_row,
+                              multiply24,
+                              expand24,
                               read_bytes,
                               peak_float,
                               peak_int8,

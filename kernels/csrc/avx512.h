@@ -59,6 +59,19 @@ struct Vec : Dot {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(v));
     }
 
+    template <ScaleType TYPE>
+    static F expand24(const uint8_t* values, uint32_t marked) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        __m256 eight;
+        if (TYPE == ScaleType::float32)
+            eight = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
+        else if (TYPE == ScaleType::float16)
+            eight = _mm256_cvtph_ps(halves);
+        else
+            eight = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+        return _mm512_maskz_expand_ps(__mmask16(marked), _mm512_castps256_ps512(eight));
+    }
+
     // A table of the 16 values of 4 bits, less their middle; the upper bits of a lane are not looked at.
     static constexpr bool kInPlace = false;
     template <int BITS>
@@ -80,3 +93,5 @@ constexpr int kPanelVectors = 4;
 }  // namespace remanence
 
 #include "tiles.h"
+
+#include "sparse24_rows.h"

@@ -10,6 +10,7 @@
 #include "pages.h"
 #include "probe.h"
 #include "rows.h"
+#include "sparse24.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -117,6 +118,21 @@ void clip_error(uintptr_t w, uintptr_t scale, uintptr_t zero, uintptr_t error, i
 
 void large_pages(uintptr_t memory, int64_t bytes) { remanence::large_pages(at<void>(memory), bytes); }
 
+remanence::Sparse24 sparse24_at(uintptr_t values, int type, uintptr_t bitmask, int64_t n, int64_t k) {
+    return {at<const void>(values), remanence::ScaleType(type), at<const uint8_t>(bitmask), n, k};
+}
+
+void sparse24_linear(uintptr_t x, int type, uintptr_t values, int value_type, uintptr_t bitmask, uintptr_t bias,
+                     int bias_type, uintptr_t y, int64_t m, int64_t n, int64_t k, int threads) {
+    remanence::sparse24_linear({at<const void>(x), remanence::ScaleType(type)},
+                               sparse24_at(values, value_type, bitmask, n, k),
+                               {at<const void>(bias), remanence::ScaleType(bias_type)}, at<void>(y), m, threads);
+}
+
+void expand24(uintptr_t values, int value_type, uintptr_t bitmask, uintptr_t w, int64_t n, int64_t k, int threads) {
+    remanence::expand24(sparse24_at(values, value_type, bitmask, n, k), at<float>(w), threads);
+}
+
 double peak(int kind, int threads, int repeats) { return remanence::peak(remanence::Arithmetic(kind), threads, repeats); }
 
 void set_isa(const std::string& name) {
@@ -156,6 +172,9 @@ NB_MODULE(_C, m) {
           "codes"_a, "scale"_a, "zero"_a, "threads"_a, release);
     m.def("hadamard", &hadamard, "x"_a, "type"_a, "y"_a, "m"_a, "n"_a, "threads"_a, release);
     m.def("large_pages", &large_pages, "memory"_a, "bytes"_a, "Before it is written: a wish that may not be granted.");
+    m.def("sparse24_linear", &sparse24_linear, "x"_a, "type"_a, "values"_a, "value_type"_a, "bitmask"_a, "bias"_a,
+          "bias_type"_a, "y"_a, "m"_a, "n"_a, "k"_a, "threads"_a, release, "bias: 0 for none; types as scale_type.");
+    m.def("expand24", &expand24, "values"_a, "value_type"_a, "bitmask"_a, "w"_a, "n"_a, "k"_a, "threads"_a, release);
     m.def("read_bandwidth", &remanence::read_bandwidth, "bytes"_a, "threads"_a, "repeats"_a, release,
           "Bytes a second, the best of some reads.");
     m.def("peak", &peak, "kind"_a, "threads"_a, "repeats"_a, release,

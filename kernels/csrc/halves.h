@@ -59,4 +59,13 @@ static inline float load_scale_at(const void* scale, ScaleType type, int64_t at)
     }
 }
 
+// The values of 2:4 weights at the features that `marked` has bits for, two at most of every four of `lanes` features.
+static inline void place24(const uint8_t* values, ScaleType type, int lanes, uint32_t marked, float* out) {
+    for (int k = 0; k < lanes; k += 4) {
+        uint32_t four = marked >> k & 15;
+        for (int at = k / 2; four && at < k / 2 + 2; ++at, four &= four - 1)
+            out[k + __builtin_ctz(four)] = load_scale_at(values, type, at);
+    }
+}
+
 }  // namespace remanence

@@ -6,6 +6,10 @@
 //   packed uint8 [N, 4 * ceil(K*bits/32)]   code i of a row is bits i*bits .. (i+1)*bits - 1 of that row, lowest first
 //   scale  [N, G] in float32, float16 or bfloat16
 //   zero   uint8 [N, G] in code units, or null: 2^(bits-1)
+//
+// Layout of a 2:4 weight, of which two of every four neighbouring features are kept (compress/formats/sparse24.py):
+//   values  [N, K/2] in float32, float16 or bfloat16, in the order of their features
+//   bitmask uint8 [N, ceil(K/8)]    bit k % 8 of byte k / 8: whether feature k is among them
 #pragma once
 
 #include <stdint.h>
@@ -52,6 +56,20 @@ struct Multiply {
     int64_t panel_bytes, panel_most;
 };
 
+// K is a multiple of four. Any bitmask is safe: it says where values go, and never where they are read.
+struct Sparse24 {
+    const void* values;
+    ScaleType type;
+    const uint8_t* bitmask;
+    int64_t n, k;
+};
+
+constexpr int kRows24 = 4;      // rows of x that are multiplied together, by two of a 2:4 weight
+constexpr int kBlock24 = 16;    // rows of such a weight that are the work of one thread
+
+// Features of a row of x, with zeros after them to whole vectors of any table.
+static inline int64_t padded24(int64_t k) { return (k + 15) / 16 * 16; }
+
 struct Kernels {
     const char* name;
     void (*unpack_row)(const uint8_t* packed, int64_t k, int bits, uint8_t* codes);
@@ -64,6 +82,9 @@ struct Kernels {
     void (*quantize_row)(const float* x, int64_t k, const Grid& grid, int8_t* codes, float* scale, int32_t* zero);
     // y = Hadamard matrix (Sylvester's, n = 2^m) times x, in place, times `factor`.
     void (*hadamard_row)(float* x, int64_t n, float factor);
+    // Rows first .. first + count - 1 (1 or 2) by `rows` <= kRows24 of x [rows][padded24(K)]; y [rows][kBlock24].
+    void (*multiply24)(const Sparse24& weight, int64_t first, int count, int rows, const float* x, float* y);
+    void (*expand24)(const Sparse24& weight, int64_t row, float* w);    // -> w [K]
     // Reads n bytes (a multiple of 1024) once.
     int32_t (*read)(const uint8_t* bytes, int64_t n);
     // kPeakVectors vectors of products, n times over, from registers: the arithmetic alone. Of 1, 4 and 2 in each lane.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "halves.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace remanence {
@@ -23,20 +24,6 @@ float load(const Matrix& x, int64_t at) { return load_scale_at(x.data, x.type, a
 const void* row_of(const Matrix& x, int64_t at) {
     return static_cast<const uint8_t*>(x.data) + at * (x.type == ScaleType::float32 ? 4 : 2);
 }
-
-// Grows, and keeps its memory between calls. Addresses are multiples of a cache line.
-class Memory {
-public:
-    template <typename T>
-    T* get(int64_t count) {
-        const size_t need = count * sizeof(T) + 64;
-        if (bytes_.size() < need) bytes_.resize(need);
-        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) / 64 * 64);
-    }
-
-private:
-    std::vector<uint8_t> bytes_;
-};
 
 struct Scratch {
     Memory words, scale, zero, panel, y, row;

@@ -1,6 +1,7 @@
 // The table of ARMv8.2 with products of four bytes (dotprod).
 #include <arm_neon.h>
 
+#include "halves.h"
 #include "isa.h"
 #include "rows_wide.h"
 
@@ -71,6 +72,13 @@ struct Vec {
         return to_float(and_(v, set((1 << BITS) - 1)));
     }
 
+    template <ScaleType TYPE>
+    static F expand24(const uint8_t* values, uint32_t marked) {
+        float out[kLanes] = {};
+        place24(values, TYPE, kLanes, marked, out);
+        return load_floats(out);
+    }
+
     static int8x16_t bytes(I v) { return vreinterpretq_s8_s32(v); }
     static I dot_two(I sum, I codes, I x, I more, I other) {
         return vdotq_s32(vdotq_s32(sum, bytes(codes), bytes(x)), bytes(more), bytes(other));
@@ -92,6 +100,8 @@ constexpr int kPanelVectors = 4;
 
 #include "tiles.h"
 
+#include "sparse24_rows.h"
+
 namespace remanence {
 
 const Kernels neon_kernels = {"neon",
@@ -101,6 +111,8 @@ const Kernels neon_kernels = {"neon",
                               store_row,
                               quantize_row,
                               hadamard_row,
+                              multiply24,
+                              expand24,
                               read_bytes,
                               peak_float,
                               peak_int8,

@@ -141,6 +141,13 @@ struct Vec {
         return to_float(and_(v, set((1 << BITS) - 1)));
     }
 
+    template <ScaleType TYPE>
+    static F expand24(const uint8_t* values, uint32_t marked) {
+        float out[kLanes] = {};
+        place24(values, TYPE, kLanes, marked, out);
+        return load_floats(out);
+    }
+
     static I dot_wide(I sum, I codes, I x) {
         return each<I>([&](int i) {
             int32_t out = sum.lane[i];
@@ -160,6 +167,8 @@ constexpr int kPanelVectors = 1;
 
 #include "tiles.h"
 
+#include "sparse24_rows.h"
+
 namespace remanence {
 
 const Kernels scalar_kernels = {"scalar",
@@ -169,6 +178,8 @@ const Kernels scalar_kernels = {"scalar",
                                 store_row,
                                 quantize_row,
                                 hadamard_row,
+                                multiply24,
+                                expand24,
                                 read_bytes,
                                 peak_float,
                                 peak_int8,

@@ -20,6 +20,7 @@ from remanence.compress.formats.sparse24 import (
 )
 from remanence.compress.sparse_linear import (
     KERNELS,
+    BitmaskLinear,
     SemiStructuredLinear,
     check_layer,
     kernel_of,
@@ -391,7 +392,7 @@ def cutlass(monkeypatch):
             weight.shape, packed=packed, meta=meta, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None
         )
 
-    return SimpleNamespace(pack=pack, calls=calls)
+    return SimpleNamespace(layer=SemiStructuredLinear, pack=pack, calls=calls)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
@@ -407,7 +408,7 @@ def test_a_swapped_model_answers_as_the_dense_one(arch, untrained, cutlass):
     seen = []
     model.get_submodule(names[0]).register_forward_hook(lambda _layer, _x, y: seen.append(y))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    swap_(model, names, cutlass.pack)
+    swap_(model, names, cutlass)
     for name in names:
         layer, old = model.get_submodule(name), dense.get_submodule(name)
         assert isinstance(layer, SemiStructuredLinear)
@@ -442,15 +443,69 @@ def test_a_swapped_layer_takes_no_weights(cutlass):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def test_refused_without_a_gpu(untrained):
-    model = untrained("llama").to(torch.bfloat16)
+def test_refused_without_a_2_4_layer_or_a_kernel(untrained):
     with pytest.raises(ValueError, match="model: LlamaForCausalLM has no 2:4 layer; prune it first"):
-        semi_structured_(model)
+        semi_structured_(untrained("llama"))
+    with pytest.raises(ValueError, match=r"device: xpu has no 2:4 sparse product; expected a CPU, or an NVIDIA GPU"):
+        kernel_of(torch.device("xpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2"])
+@torch.no_grad()
+def test_on_a_cpu_a_whole_model(arch, dtype, untrained, tmp_path):
+    model, dense = (untrained(arch).to(dtype) for _ in range(2))
+    names = prune_model(model)
+    prune_model(dense)
+    assert semi_structured_(model) == names
+    for name in names:
+        layer, old = model.get_submodule(name), dense.get_submodule(name)
+        assert isinstance(layer, BitmaskLinear)
+        assert (layer.replaces, layer.training) == (type(old).__name__, False)
+        assert torch.equal(layer.dense(), weight_of(old))
+        held = sum(tensor.nbytes for tensor in (layer.compressed, layer.bitmask))
+        assert held == old.weight.nbytes // 2 + old.weight.numel() // 8
+    logits, expected = (each(IDS).logits.double() for each in (model, dense))
+    # Rounded in another order, through two blocks.
+    limit = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (logits - expected).norm() <= limit * expected.norm()
+    before, after = dense.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and after[key].is_contiguous() for key in before)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
+    assert all(torch.equal(before[key], again[key]) for key in before)
+
+
+def test_on_a_cpu_the_same_tokens(untrained):
+    """A Llama pruned by magnitude, dense and sparse; prompts of more rows than the native kernels multiply."""
+    model = untrained("llama")
+    with torch.no_grad():
+        for _, module in linears(model, ("lm_head",)):
+            fours = module.weight.view(-1, 4)
+            fours.scatter_(1, fours.abs().topk(2, largest=False).indices, 0)
+
+    def tokens():
+        return model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=24, do_sample=False)
+
+    expected = tokens()
+    assert len(expected[0, IDS.shape[1] :].unique()) > 3, "answers of some variety"
+    assert len(semi_structured_(model)) == 14
+    assert torch.equal(tokens(), expected)
+
+
+def test_a_layer_on_a_cpu_passes_gradients_to_its_input(untrained):
+    model = untrained("gpt2")
     prune_model(model)
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"device: cpu has no 2:4 sparse product; expected an NVIDIA GPU"):
-        semi_structured_(model)
-    assert [type(module) for module in model.modules()] == before
+    dense = model.transformer.h[0].mlp.c_fc
+    semi_structured_(model)
+    layer = model.transformer.h[0].mlp.c_fc
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight_of(dense).detach().sum(0).expand(3, 32))
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    with pytest.raises(ValueError, match="takes no weights"):
+        layer.load_state_dict(layer.state_dict())
 
 
 def device(monkeypatch, capability, cusparselt):
@@ -508,7 +563,7 @@ def test_multiples_are_those_of_torch():
         "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
         "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
     }
-    assert kinds.keys() == KERNELS.keys()
+    assert {*kinds, "bitmask"} == KERNELS.keys()
     for key, kind in kinds.items():
         for dtype in (torch.float16, torch.bfloat16):
             limits = kind._DTYPE_SHAPE_CONSTRAINTS[dtype]

@@ -206,6 +206,7 @@ def op_samples():
     blocks, plain_blocks = reference.prepack(*stored, 3, 48), reference.prepack(*plain, 3, 48)
     form, plain_form = (5, 3, 3, 0, True), (5, 3, 3, 2, False)
     grid = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    kept = torch.full((5, 6), 0b10010110, dtype=torch.uint8)
     learned = x.clone().requires_grad_(), bias.clone().requires_grad_()
     samples = [
         ("pack", reference.unpack(stored[0], 3, 48), 3),
@@ -223,6 +224,8 @@ def op_samples():
         ("integer_linear", x, *grid, *stored, bias, 3, 8, False, 1.0),
         ("prepacked_integer_linear", x.bfloat16(), None, None, blocks, None, *form, 4, True, 1.0),
         ("prepacked_integer_linear", learned[0], *grid, plain_blocks, learned[1], *plain_form, 8, False, 0.9),
+        ("sparse24_linear", x, rows(5, 24), kept, bias),
+        ("sparse24_linear", learned[0], rows(5, 24, dtype=torch.bfloat16), kept, learned[1]),
         ("hadamard", x[..., :32]),
         ("hadamard", learned[0][..., :32].detach().clone().requires_grad_()),
         ("gptq_block", rows(5, 8), torch.eye(8), torch.ones(5, 2), None, torch.arange(8) // 4, None, None, 3),

@@ -13,6 +13,7 @@
 #include "../../../kernels/csrc/halves.h"
 #include "../../../kernels/csrc/linear.h"
 #include "../../../kernels/csrc/rows.h"
+#include "../../../kernels/csrc/sparse24.h"
 
 using namespace remanence;
 
@@ -284,6 +285,45 @@ void clips(int64_t m, int64_t g, int64_t s, bool asymmetric, int threads) {
     }
 }
 
+// A 2:4 weight; with `wrong`, whose bitmask marks anything, for what a sanitizer sees.
+void sparse24(int64_t n, int64_t k, ScaleType type, ScaleType x_type, bool wrong, int threads) {
+    Floats values(n * k / 2, type), bias(n, x_type);
+    Exact<uint8_t> bitmask(n * ((k + 7) / 8));
+    std::vector<double> w(n * k);
+    memset(bitmask.data(), 0, bitmask.count);
+    for (int64_t i = 0; i < n * k / 2; ++i) values.set(i, 2 * uniform() - 1);
+    for (int64_t i = 0; i < n * k; i += 4) {
+        const int first = int(draw() % 3), second = first + 1 + int(draw() % (3 - first));
+        for (const int at : {first, second}) {
+            const int64_t row = i / k, feature = i % k + at;
+            bitmask[row * ((k + 7) / 8) + feature / 8] |= uint8_t(1 << feature % 8);
+            w[i + at] = values.at(i / 2 + (at == second));
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) bias.set(i, uniform() - 0.5);
+    if (wrong)
+        for (int64_t i = 0; i < bitmask.count; ++i) bitmask[i] = i % 5 ? uint8_t(draw()) : 0xff;
+    const Sparse24 weight = {values.data(), type, bitmask.data(), n, k};
+    Exact<float> dense(n * k);
+    expand24(weight, dense.data(), threads);
+    if (!wrong)
+        for (int64_t i = 0; i < n * k; ++i) expect(dense[i] == float(w[i]), "expand24", i, dense[i], w[i]);
+    for (const int64_t m : {0, 1, 2, 3, 4, 5, 9}) {
+        Floats x(m * k, x_type), y(m * n, x_type);
+        for (int64_t i = 0; i < m * k; ++i) x.set(i, 2 * uniform() - 1);
+        sparse24_linear({x.data(), x_type}, weight, {bias.data(), x_type}, y.data(), m, threads);
+        for (int64_t i = 0; i < m * n && !wrong; ++i) {
+            double exact = bias.at(i % n), magnitude = fabs(exact);
+            for (int64_t j = 0; j < k; ++j) {
+                exact += x.at(i / n * k + j) * w[i % n * k + j];
+                magnitude += fabs(x.at(i / n * k + j));
+            }
+            const double limit = rounding(x_type) * fabs(exact) + 4e-6 * magnitude;
+            expect(fabs(y.at(i) - exact) <= limit, "sparse24_linear", i, y.at(i), exact);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -321,6 +361,14 @@ int main() {
         for (const int64_t m : {1, 9, 18}) products(wide, m, -1), integer_products(wide, m, 8, false, false);
         for (const ScaleType type : types)
             for (const int64_t n : {1, 2, 8, 64, 1024}) where = isa + " hadamard", hadamards(type, n, 3);
+        for (const auto& [n, k] : {std::pair<int, int>{1, 4}, {3, 8}, {17, 12}, {65, 60}, {34, 324}})
+            for (const ScaleType type : types)
+                for (const ScaleType x_type : types)
+                    for (const bool wrong : {false, true}) {
+                        where = isa + " 2:4, n " + std::to_string(n) + " k " + std::to_string(k) + " type " +
+                                std::to_string(int(type)) + " x type " + std::to_string(int(x_type));
+                        sparse24(n, k, type, x_type, wrong, 1 + n % 3);
+                    }
         for (const int threads : {1, 3}) {
             where = isa + " gptq";
             gptq(1, 1, 1, false, threads);
