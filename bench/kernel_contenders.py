@@ -143,11 +143,12 @@ def _in_ggml(kind: int) -> Callable[[Tensor], ggml.Weight]:
 
 
 def _torchao(weight: Tensor) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
 
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
     layer.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
-    quantize_(layer, Int4WeightOnlyConfig(group_size=GROUP_SIZE, int4_packing_format="opaque"))
+    quantize_(layer, PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE, set_inductor_config=False))
     return layer
 
 
@@ -210,11 +211,22 @@ def contenders() -> tuple[dict[str, Contender], list[str]]:
         ("bitsandbytes NF4", "bitsandbytes", _bitsandbytes),
         ("torchao int4", "torchao", _torchao),
     ):
-        if importlib.util.find_spec(package):
-            found[name] = Contender(make, lambda x, w: w(x), bf16, 4)
-        else:
+        if not importlib.util.find_spec(package):
             missing.append(f"{name}: {package} is not installed")
+        elif (error := _refusal(make)) is not None:
+            missing.append(f"{name}: this {package} has no such layer for CPUs: {error}")
+        else:
+            found[name] = Contender(make, lambda x, w: w(x), bf16, 4)
     return found, missing
+
+
+def _refusal(make: Callable[[Tensor], Any]) -> str | None:
+    """None if a library makes a layer here; else its words. What they offer changes from version to version."""
+    try:
+        make(torch.ones(GROUP_SIZE, GROUP_SIZE))
+    except Exception as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def copies(found: dict[str, Contender], weight: Tensor) -> dict[str, list[Any]]:
