@@ -46,6 +46,7 @@ def test_an_option_of_another_benchmark_is_refused():
         run("startup", 0, data_dir="somewhere")
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_part_is_said_in_its_words(tmp_path):
     order = {"name": "npo", "target": str(tmp_path), "data_dir": str(tmp_path / "none"), "seed": 0}
     with pytest.raises(RuntimeError, match=r"npo: FileNotFoundError: data-dir: .*none: no such directory"):

@@ -124,6 +124,7 @@ def test_the_page_is_self_contained(audited):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_everything_from_the_store_and_says_the_same(document, cache, tmp_path):
     done = remanence("audit", *SMALL, "--cache", cache, "--out", tmp_path)
     assert done.returncode == 0
@@ -146,9 +147,9 @@ def test_same_seed_same_document_from_nothing(document, tmp_path):
 @pytest.mark.parametrize(
     ("more", "code"),
     [
-        (["--fail-on", "returned,unforgotten"], 0),  # only controls are
+        pytest.param(["--fail-on", "returned,unforgotten"], 0, marks=pytest.mark.slow),  # only controls are
         (["--fail-on", "held"], 3),
-        (["--fail-on", "returned", "--methods", "npo,bucketed"], 3),
+        pytest.param(["--fail-on", "returned", "--methods", "npo,bucketed"], 3, marks=pytest.mark.slow),
     ],
     ids=["controls-do-not-count", "held", "bucketed-asked-for"],
 )
@@ -166,6 +167,7 @@ def demo_models(cache):
     return models
 
 
+@pytest.mark.slow
 def test_evaluate(cache, document, tmp_path):
     """One model by itself has the figures that the audit has for it, and those that take longer."""
     models = demo_models(cache)
@@ -398,6 +400,7 @@ def test_a_gpt2_with_files_of_its_own(own, tmp_path, names):
     assert cell["truth_ratio"] is None
 
 
+@pytest.mark.slow
 def test_unlearn_then_compress_from_the_command_line(own, tmp_path):
     done = remanence("unlearn", "--model", own / "model", "--method=npo", *files(own, "forget", "retain"),
                      "--learning-rate=1e-3", "--steps=25", "--out", tmp_path / "npo", "--json")  # fmt: skip

@@ -151,7 +151,8 @@ def alone(place):
     return place / "alone"
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_through_the_command_line(place, alone, parallel):
     out = place / f"two-{parallel}"
     ran = torchrun(*line(place, out, "--parallel", parallel, "--processes", "2", "--save-every", "2"))

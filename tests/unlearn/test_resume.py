@@ -124,6 +124,7 @@ def equal_runs(out, whole):
     assert not list(out.parent.glob(f".{out.name}*"))
 
 
+@pytest.mark.slow
 def test_killed_once(place, uninterrupted):
     out = place / "once"
     process = start(place, "npo", out, resume=False)

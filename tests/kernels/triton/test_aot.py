@@ -39,6 +39,7 @@ def compiled(code):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_one_kernel_on_hopper():
     row, fits, fits_amd = compiled(ONE)
     assert row["mma"] == "HGMMA"
