@@ -8,6 +8,7 @@ if it is asked with the very same tensor, unchanged. So no model's code has to b
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,26 +34,38 @@ class Joint:
         self._parts = self._blocks.split([len(part) for part in blocks])
         self._widths = [member.out_features for member in members]
         self._members = tuple(members)
-        self._found: tuple[Tensor, int, dict[QuantLinear, Tensor]] | None = None
+        self._activation = members[0].activation
+        self._found: tuple[weakref.ref[Tensor], int, dict[QuantLinear, Tensor]] | None = None
         for member, part in zip(members, self._parts, strict=True):
             member.blocks = part
 
     def multiply(self, member: QuantLinear, x: Tensor) -> Tensor | None:
         """y of `member` for one row x; None where the members are no longer what was joined."""
-        changed = any(m._buffers.get("blocks") is not part for m, part in zip(self._members, self._parts, strict=True))
-        if changed or x.is_inference():  # such a tensor does not tell whether it was changed
-            return None
+        if not all(map(self._unchanged, self._members, self._parts)) or x.is_inference():
+            return None  # an inference tensor does not tell whether it was changed
         found = self._found
-        if found is not None and found[0] is x and found[1] == x._version and member in found[2]:
-            y = found[2].pop(member)
-            if not found[2]:
-                self._found = None
-            return y
+        if found is not None and found[0]() is x and found[1] == x._version:
+            y = found[2].pop(member, None)
+            if y is not None:
+                return y
         y = member.product(x, self._blocks, sum(self._widths))
         rows = dict(zip(self._members, y.split(self._widths, -1), strict=True))
         mine = rows.pop(member)
-        self._found = (x, x._version, rows)
+        self._found = (weakref.ref(x), x._version, rows)
         return mine
+
+    def _unchanged(self, member: QuantLinear, part: Tensor) -> bool:
+        held = member._buffers
+        return (
+            held.get("blocks") is part
+            and held["bias"] is None
+            and held["x_scale"] is None
+            and member.transform is None
+            and member.activation == self._activation
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_found": None}  # what is found is of this process
 
 
 def _blocks(member: QuantLinear) -> Tensor:

@@ -24,7 +24,8 @@ class QuantLinear(nn.Module):
     scale   [N, K/G], the dtype it is stored in
     zero    uint8 [N, K/G]; None in symmetric formats: 2^(bits-1)
     blocks  instead of these three, once `prepack_` was called: the run-time layout of this machine's kernels. The three
-            are then worked out when asked for, and a state_dict has them and nothing else
+            are then copies, worked out when asked for; to set one brings the stored layout back. A state_dict has them
+            and nothing else
     bias    [N] or None, the model's dtype
     activation  how x is rounded; None: it is not
     x_scale, x_zero   float32 [1] and int32 [1], of a static activation; else None
@@ -88,6 +89,8 @@ class QuantLinear(nn.Module):
         call."""
         if self.transform is not None:
             x = self.transform(x)
+        if x.shape[-1:] != (self.in_features,):  # the op knows no more than how many words a row of codes fills
+            raise ValueError(f"x: shape {list(x.shape)} is not [..., {self.in_features}]")
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._multiply(x)
         # Without a gradient torch would still look for one, in Python: a third of what a call costs beside the kernel.
@@ -122,9 +125,10 @@ class QuantLinear(nn.Module):
 
     def prepack_(self) -> QuantLinear:
         """Lay the weight out for the kernels of its device, where they have a layout of their own: on a CPU."""
-        packed = self._buffers["packed"]
-        if packed is not None and packed.device.type == "cpu" and ops.available_isas():
-            scale, zero = self.scale, self.zero
+        packed, scale, zero = (self._buffers[name] for name in _STORED)
+        if packed is None or scale is None or scale.dtype not in ops.SCALE_TYPES:
+            return self
+        if packed.device.type == "cpu" and ops.available_isas():
             self.form = (scale.shape[1], self.spec.bits, ops.SCALE_TYPES[scale.dtype], zero is not None)
             self._lay(ops.prepack(packed, scale, zero, self.spec.bits, self.in_features))
             self._buffers.update(dict.fromkeys(_STORED))
@@ -149,8 +153,9 @@ class QuantLinear(nn.Module):
     def unprepack_(self) -> QuantLinear:
         """The stored layout again."""
         if self.blocks is not None:
-            self.packed, self.scale, self.zero = self._stored()
+            stored = self._stored()
             self._lay(None)
+            self.packed, self.scale, self.zero = stored
             for member in self.siblings:
                 member.joint = None
         return self
@@ -168,6 +173,11 @@ class QuantLinear(nn.Module):
         if name in _STORED and self._buffers.get("blocks") is not None:
             return self._stored()[_STORED.index(name)]
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STORED and self._buffers.get("blocks") is not None:
+            self.unprepack_()  # else the run-time layout would go on as it was
+        super().__setattr__(name, value)
 
     def _apply(self, *args: Any, **kwargs: Any) -> QuantLinear:
         """As for any module, but the static grid keeps its dtype: `model.to(dtype)` is about the model's numbers."""

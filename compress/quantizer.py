@@ -25,7 +25,7 @@ from .checkpoint import has_experts
 from .formats import compressed_tensors as ct
 from .formats import sparse24
 from .integration import MARK, METHOD, read_mark
-from .linear import QuantLinear
+from .linear import QuantLinear, prepack_
 from .transforms import transform_from, transform_names
 from .walk import dequantize_, replace
 
@@ -140,12 +140,12 @@ class PackedQuantizer(HfQuantizer):
                 raise ValueError(f"device_map: {name} was offloaded; packed layers have to fit the devices")
             layer = ct.unpack_layer(name, tensors, self.quantization_config.schemes.of(name))
             layer.replaces, layer.transform = stored.replaces, stored.transform
-            replace(model, name, layer.prepack_().train(model.training))
+            replace(model, name, layer.train(model.training))
             if hasattr(stored, "_hf_hook"):  # moves the input to the layer's device, in models spread over several
                 from accelerate.hooks import add_hook_to_module
 
                 add_hook_to_module(layer, stored._hf_hook)
-        return model
+        return prepack_(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What save_pretrained writes: the layout that was read. ValueError where stock readers would go wrong."""

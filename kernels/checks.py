@@ -22,6 +22,19 @@ def check_tensor(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...
         raise ValueError(f"{name}: shape {list(tensor.shape)} is not {list(shape)}")
 
 
+def check_devices(args: tuple) -> None:
+    devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"device: tensors on {' and '.join(sorted(map(str, devices)))}; expected all on one")
+
+
+def scale_type(dtype: torch.dtype) -> int:
+    """ScaleType in csrc/rows.h."""
+    if dtype not in SCALE_TYPES:
+        raise ValueError(f"scale_dtype: {dtype} is not {' or '.join(map(str, SCALE_TYPES))}")
+    return SCALE_TYPES[dtype]
+
+
 def check_pack(codes: torch.Tensor, bits: int) -> None:
     check_bits(bits)
     if codes.dim() != 2:

@@ -197,9 +197,17 @@ def _in_tiles(x, compressed, bitmask, bias, y):
     k, n = x.shape[-1], compressed.shape[0]
     dtypes = {tensor.dtype for tensor in (x, compressed, bias) if tensor is not None}
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and _C.isa() == "avx512_bf16" else torch.float32
-    rows, out = x.reshape(-1, k).to(dtype), y.view(-1, n)
+    rows, out = x.reshape(-1, k).to(dtype), y.view(x.numel() // k, n)
     bias = None if bias is None else bias.to(dtype)
     w = x.new_empty(min(_TILE24, n), k, dtype=torch.float32)
+    # Not in autocast's lower precision: the product has the dtypes that it was given.
+    with torch.autocast("cpu", enabled=False):
+        _fill(out, rows, w, compressed, bitmask, bias)
+    return y
+
+
+def _fill(out, rows, w, compressed, bitmask, bias):
+    n, k, dtype = out.shape[1], rows.shape[1], rows.dtype
     for first in range(0, n, _TILE24):
         values, bits = compressed[first : first + _TILE24], bitmask[first : first + _TILE24]
         count = len(values)
@@ -214,7 +222,6 @@ def _in_tiles(x, compressed, bitmask, bias, y):
         )
         part = slice(first, first + count)
         out[:, part] = F.linear(rows, w[:count].to(dtype), None if bias is None else bias[part])
-    return y
 
 
 def quantize_per_token(x, bits, symmetric, clip):

@@ -94,14 +94,17 @@ def prepack(
     """The weight as in `dequantize` -> uint8 [bytes], the CPU's run-time layout: blocks of 64 rows, N padded to whole
     ones and each group to whole 32-bit words (csrc/blocks.h). k: by default as many features as `packed` can hold.
     """
-    return torch.ops.remanence.prepack(packed, scale, zero, bits, packed.shape[-1] * 8 // bits if k is None else k)
+    checks.check_bits(bits)
+    if k is None:
+        k = packed.shape[-1] * 8 // bits if packed.dim() else 0
+    return torch.ops.remanence.prepack(packed, scale, zero, bits, k)
 
 
 def unprepack(
     blocks: torch.Tensor, n: int, k: int, groups: int, bits: int, scale_dtype: torch.dtype, zero: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Exactly undoes `prepack` -> packed, scale, zero; `zero` says whether there is one."""
-    scale_type = SCALE_TYPES[scale_dtype]
+    scale_type = checks.scale_type(scale_dtype)
     packed, scale, zeros = torch.ops.remanence.unprepack(blocks, n, k, groups, bits, scale_type, zero)
     return packed, scale, zeros if zero else None
 
@@ -117,7 +120,7 @@ def prepacked_linear(
     zero: bool,
 ) -> torch.Tensor:
     """`w4a16_linear` with a weight from `prepack`."""
-    scale_type = SCALE_TYPES[scale_dtype]
+    scale_type = checks.scale_type(scale_dtype)
     return torch.ops.remanence.prepacked_linear(x, blocks, bias, n, groups, bits, scale_type, zero)
 
 
@@ -187,7 +190,7 @@ def prepacked_integer_linear(
     clip: float = 1.0,
 ) -> torch.Tensor:
     """`integer_linear` with a weight from `prepack`."""
-    scale_type = SCALE_TYPES[scale_dtype]
+    scale_type = checks.scale_type(scale_dtype)
     return torch.ops.remanence.prepacked_integer_linear(
         x, x_scale, x_zero, blocks, bias, n, groups, bits, scale_type, zero, x_bits, symmetric, clip
     )
@@ -297,7 +300,12 @@ def _implement(name: str, key: str, implementation: Callable, check: Callable) -
         check(*args)
         return implementation(*args)
 
-    _library.impl(name, op, key)
+    def meta(*args):
+        """It is asked as soon as one of the tensors has no content, whatever the others have."""
+        checks.check_devices(args)
+        return op(*args)
+
+    _library.impl(name, meta if key == "Meta" else op, key)
 
 
 def _define(schema: str) -> None:

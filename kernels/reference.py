@@ -233,6 +233,7 @@ def integer_linear(
     else:
         assert x_zero is not None
         codes = quantize_with(x, x_scale, x_zero, x_bits)
+        x_scale = x_scale.masked_fill(x.isnan().any(-1, keepdim=True), torch.nan)  # of that row
     n, groups = scale.shape
     size = x.shape[-1] // groups
     middle = 2 ** (bits - 1) if zero is None else zero[..., None].double()

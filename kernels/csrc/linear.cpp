@@ -59,7 +59,7 @@ struct AsFloat {
     using Sum = float;
     static const Multiply<X, Sum>& multiply() { return kernels().float32; }
     static constexpr bool kRounds = false;
-    static constexpr int64_t kRun = kRunCodes;
+    static constexpr int64_t kRun = 128;    // see AsBfloat: here codes are summed before their zero point is taken off
 
     static bool fits(const float* x, int64_t k) {
         int32_t largest = 0;

@@ -136,7 +136,7 @@ void quantize_row(const float* x, int64_t k, const Grid& grid, int8_t* codes, fl
         v = v == v ? nearest(v) : 0;    // what is no number is carried by the scale
         codes[i] = int8_t(x[i] == lowest ? least : v);
     }
-    *scale_out = scale;
+    *scale_out = range.number ? scale : nan;
     *zero_out = int32_t(zero);
 }
 

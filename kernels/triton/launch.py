@@ -118,6 +118,8 @@ def integer_linear(
         grid = Codes(_quantize_with(x, x_scale, x_zero, x_bits), x_scale, x_zero, by_row=False, shifted=True)
     with _on(x.device):
         products.integer(grid, _weight(packed, scale, zero, bias, bits), y)
+    if not grid.by_row:  # else the row's own scale is no number
+        y.masked_fill_(x.isnan().any(-1, keepdim=True), torch.nan)
     return y
 
 

@@ -20,6 +20,7 @@ from remanence.compress.quantizer import PackedConfig, PackedQuantizer, Stored
 from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import quantize_
 from remanence.compress.walk import dequantize_
+from remanence.kernels import ops
 from remanence.unlearn.demo import DemoConfig, demo_tokenizer
 from remanence.unlearn.people import people_corpus
 from safetensors.torch import load_file, save_file
@@ -169,6 +170,13 @@ def test_what_we_load_from_several_own_shards(saved, monkeypatch):
     directory = saved("gpt2", SYMMETRIC)
     assert (directory / "remanence.safetensors.index.json").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), logits(load_model(directory)))
+
+
+@pytest.mark.skipif(not ops.available_isas(), reason="the native kernels are not built here")
+def test_layers_that_share_their_input_are_one_product(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama", SYMMETRIC))
+    joined = {name.rpartition(".")[2] for name, layer in packed(model).items() if layer.joint is not None}
+    assert joined == {"gate_proj", "up_proj"}  # 64 rows each; q, k and v have fewer
 
 
 def test_the_caller_chooses_dtype_and_device(saved):

@@ -1,6 +1,7 @@
 """Layers that share their input: what they give together is what each gives alone, whatever is done with them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -166,6 +167,63 @@ def test_new_weights_of_one_layer():
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[1], 2 * before[1])
     assert module.q_proj.joint is module.k_proj.joint is not None
+
+
+@pytest.mark.parametrize("asked_first", ["q_proj", "k_proj"])
+def test_a_layer_that_is_given_a_bias(asked_first):
+    module, x = Attention(), row()
+    module.k_proj.bias = torch.full((64,), 10.0)
+    module.get_submodule(asked_first)(x)
+    for got, expected in zip(module(x), alone(module.layers(), x), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_layer_that_is_given_another_activation():
+    module, x = Attention("w8a8"), row()
+    before = module(x)
+    module.k_proj.activation = ActivationSpec(bits=4)
+    after = module(x)
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+    assert torch.equal(after[1], alone(module.layers(), x)[1])
+
+
+def test_a_pickled_module_that_has_multiplied():
+    module, x = Attention(), row()
+    module.q_proj(x)
+    other = pickle.loads(pickle.dumps(module))
+    for got, expected in zip(other(x), alone(module.layers(), x), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("part", ["packed", "scale"])
+def test_a_stored_part_that_is_set_is_taken(part):
+    layer, x = Attention().q_proj, row()
+    before = layer(x)
+    setattr(layer, part, getattr(layer, part).flip(0))
+    assert layer.blocks is None
+    stored = layer(x)
+    assert not torch.equal(stored, before)
+    assert torch.equal(layer.prepack_()(x), stored)
+
+
+def test_a_dtype_that_no_kernel_reads():
+    """float64 scales stay as they are, and the op says what it takes."""
+    module = Attention(dtype=torch.float32).double()
+    assert [layer.blocks for layer in module.layers()] == [None] * 3
+    with pytest.raises(ValueError, match=r"scale: torch\.float64 is not"):
+        module(row(dtype=torch.float32))
+    module.float()
+    for got, expected in zip(module(row()), Attention(dtype=torch.float32)(row()), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("k", [95, 88, 0])
+def test_an_input_of_another_width(k):
+    layer = Attention().q_proj
+    for laid_out in (layer, copy.deepcopy(layer).unprepack_()):
+        with pytest.raises(ValueError, match=rf"x: shape \[1, {k}\] is not \[..., 96\]"):
+            laid_out(torch.ones(1, k))
 
 
 def test_one_layer_in_the_stored_layout():

@@ -233,6 +233,8 @@ def test_long_rows_of_one_sign_keep_their_digits(bits):
         off = ops.w4a16_linear(x[:m], packed, scale, bits=bits).double() - exact[:m]
         unavoidable = exact[:m].bfloat16().double() - exact[:m]
         assert off.norm() <= 1.25 * unavoidable.norm()  # a quarter more than the one rounding to bfloat16
+        wide = ops.w4a16_linear(x[:m].float(), packed, scale, bits=bits).double()
+        assert (wide - exact[:m]).norm() <= 1e-5 * exact[:m].norm()
 
 
 # Rows rounded to integers.
@@ -282,6 +284,16 @@ def test_a_given_grid_has_the_bits_of_the_reference(symmetric):
         y = ops.w4a4_linear(x, reference.pack(codes, 4), torch.ones(65, 1), x_scale=scale, x_zero=zero)
         exact = (reference.quantize_with(x, scale, zero, 4) - zero) * scale
         assert torch.equal(y, exact), special
+
+
+def test_a_given_grid_does_not_hide_what_is_no_number():
+    x = rows(3, 65)
+    x[1, 64] = torch.nan
+    stored = (reference.pack((torch.eye(65) + 8).byte(), 4), torch.ones(65, 1))
+    grid = {"x_scale": torch.tensor([0.5]), "x_zero": torch.tensor([0], dtype=torch.int32)}
+    for y in (ops.w4a8_linear(x, *stored, **grid), ops.w4a8_linear(x.bfloat16(), *stored, **grid)):
+        assert y[1].isnan().all()
+        assert y[[0, 2]].isfinite().all()
 
 
 # Hadamard transforms.

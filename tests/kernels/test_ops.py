@@ -260,3 +260,24 @@ def test_mistakes_are_named(mistake):
     call, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("elsewhere", ["x", "packed", "scale", "bias"])
+def test_tensors_on_several_devices(elsewhere):
+    given = {
+        "x": torch.ones(2, 8),
+        "packed": torch.zeros(6, 4, dtype=torch.uint8),
+        "scale": torch.ones(6, 1),
+        "zero": None,
+        "bias": torch.ones(6),
+    }
+    given[elsewhere] = given[elsewhere].to("meta")
+    with pytest.raises(ValueError, match="device: tensors on cpu and meta; expected all on one"):
+        ops.w4a16_linear(**given)
+
+
+def test_scales_of_a_dtype_that_there_is_not():
+    with pytest.raises(ValueError, match=r"scale_dtype: torch\.float64 is not torch\.float32 or"):
+        ops.unprepack(torch.zeros(0, dtype=torch.uint8), 0, 8, 1, 4, torch.float64, False)
+    with pytest.raises(ValueError, match="bits: 0 is not one of 2, 3, 4, 8"):
+        ops.prepack(torch.zeros(6, 4, dtype=torch.uint8), torch.ones(6, 1), bits=0)

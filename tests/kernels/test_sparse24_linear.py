@@ -91,7 +91,9 @@ def test_leading_axes_and_strides(m):
 
 
 def test_a_weight_without_rows():
-    assert ops.sparse24_linear(randn(3, 8), torch.empty(0, 4), torch.empty(0, 1, dtype=torch.uint8)).shape == (3, 0)
+    for m in (3, 30):
+        y = ops.sparse24_linear(randn(m, 8), torch.empty(0, 4), torch.empty(0, 1, dtype=torch.uint8))
+        assert y.shape == (m, 0)
 
 
 @pytest.mark.parametrize("m", [2, 20])
@@ -187,6 +189,15 @@ def test_compiled_whole_it_gives_the_same():
         y.sum().backward()
         expected.sum().backward()
         torch.testing.assert_close(x.grad, same.grad)
+
+
+def test_autocast_changes_no_bit():
+    parts, _ = weight(33, 60)
+    for m in (2, 30):
+        x = randn(m, 60)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ops.sparse24_linear(x, *parts)
+        assert torch.equal(y, ops.sparse24_linear(x, *parts))
 
 
 X, VALUES, BITS = torch.ones(3, 12), torch.ones(4, 6), torch.full((4, 2), 0x55, dtype=torch.uint8)
