@@ -243,7 +243,10 @@ def forked(work):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("recipe", ["rtn-w4a16-g16-plain", "gptq-w4a16-g16-plain+alpha=0.5"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["rtn-w4a16-g16-plain", pytest.param("gptq-w4a16-g16-plain+alpha=0.5", marks=pytest.mark.slow)],
+)
 def test_killed_at_any_operation_and_resumed(recipe, llama, tmp_path):
     """SIGKILL before a file operation: between all that a run does to its files."""
     run(llama, recipe, tmp_path / "whole")
