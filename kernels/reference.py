@@ -5,6 +5,8 @@ A row of `packed` is one stream of bits, lowest first: code i is bits i*bits .. 
 padded with zeros to whole int32 words.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -51,7 +53,7 @@ def w4a16_linear(
 ) -> torch.Tensor:
     """x [..., K] @ w.T + bias [N] -> y [..., N] in x's dtype, computed in float32."""
     w = dequantize(packed, scale, zero, bits, x.shape[-1])
-    y = F.linear(x.float(), w, None if bias is None else bias.float())
+    y = _linear(x, w, bias)
     return y.to(x.dtype)
 
 
@@ -79,8 +81,8 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     parts = [lines.permute(0, 2, 3, 4, 1, 5)]
     for values in (scale, zero):
         if values is not None:
-            rows = F.pad(values, (0, 0, 0, -n % _BLOCK)).reshape(-1, _BLOCK, groups)
-            parts.append(rows.transpose(1, 2).contiguous().view(torch.uint8))
+            rows = F.pad(values, (0, 0, 0, -n % _BLOCK)).reshape(-1, _BLOCK, groups).transpose(1, 2)
+            parts.append(rows.reshape(len(rows), groups * _BLOCK).view(torch.uint8))
     return torch.cat([part.flatten(1) for part in parts], 1).reshape(-1)
 
 
@@ -95,7 +97,7 @@ def unprepack(
     width = groups * _BLOCK
     sizes = (width * steps * step * bits // 8, width * dtype.itemsize, width * zero)
     words, scales, zeros = blocks.reshape(count, sum(sizes)).split(sizes, 1)
-    lines = words.reshape(count, groups, steps, -1, _BLOCK, 4)
+    lines = words.reshape(count, groups, steps, 3 if bits == 3 else 1, _BLOCK, 4)
     lines = lines.permute(0, 4, 1, 2, 3, 5)  # [N/64, 64, G, steps, lines, 4]
     if bits == 3:
         low = lines[..., :2, None, :] >> 2 * _range(4, blocks)[:, None] & 3
@@ -103,12 +105,12 @@ def unprepack(
         quads = low.flatten(-3, -2) | high << 2
     else:
         quads = lines >> bits * _range(8 // bits, blocks)[:, None] & 2**bits - 1
-    codes = quads.reshape(count * _BLOCK, groups, -1)[:n, :, : k // groups].reshape(n, k)
+    codes = quads.reshape(count * _BLOCK, groups, steps * step)[:n, :, : k // groups].reshape(n, k)
 
     def rows(values: torch.Tensor) -> torch.Tensor:
-        return values.reshape(-1, groups, _BLOCK).transpose(1, 2).reshape(-1, groups)[:n].contiguous()
+        return values.reshape(count, groups, _BLOCK).transpose(1, 2).reshape(count * _BLOCK, groups)[:n].contiguous()
 
-    return pack(codes, bits), rows(scales.clone().view(dtype)), rows(zeros)
+    return pack(codes, bits), rows(scales.clone().view(dtype)), rows(zeros) if zero else zeros.new_empty(0, groups)
 
 
 def dequantize_prepacked(
@@ -162,7 +164,8 @@ def _stored(
 def expand24(compressed: torch.Tensor, bitmask: torch.Tensor, k: int) -> torch.Tensor:
     """compressed [N, K/2], bitmask uint8 [N, ceil(K/8)] -> w [N, K] with its zeros, in the values' dtype."""
     n = compressed.shape[0]
-    kept = (bitmask[..., None] >> _range(8, bitmask) & 1).reshape(n, -1)[:, :k].reshape(n, k // 4, 4).bool()
+    bits = (bitmask[..., None] >> _range(8, bitmask) & 1).reshape(n, 8 * bitmask.shape[1])
+    kept = bits[:, :k].reshape(n, k // 4, 4).bool()
     place = kept.cumsum(-1) - 1  # which of the two values of its four
     values = compressed.reshape(n, k // 4, 2).gather(-1, place.clamp(0, 1))
     return values.masked_fill(~kept | (place > 1), 0).reshape(n, k)
@@ -173,7 +176,15 @@ def sparse24_linear(
 ) -> torch.Tensor:
     """x [..., K] @ w.T + bias [N] -> y [..., N] in x's dtype, computed in float32."""
     w = expand24(compressed, bitmask, x.shape[-1]).float()
-    return F.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
+    return _linear(x, w, bias).to(x.dtype)
+
+
+def _linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """In float32, whatever autocast would have."""
+    device = x.device.type
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
+        return F.linear(x.float(), w, None if bias is None else bias.float())
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:

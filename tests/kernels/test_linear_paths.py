@@ -376,7 +376,9 @@ def set_threads():
 
 
 @pytest.mark.parametrize("name", calls())
-def test_neither_threads_nor_repeats_change_a_bit(name, set_threads):
+def test_neither_threads_nor_repeats_change_a_bit(name, isa, set_threads):
+    if isa == "none":
+        pytest.skip("torch's own products, which may hang on the number of threads")
     call = calls()[name]
     first = call()
     for threads in (1, 2, 3, 7):
