@@ -95,7 +95,7 @@ class QuantLinear(nn.Module):
             return self._multiply(x)
         # Without a gradient torch would still look for one, in Python: a third of what a call costs beside the kernel.
         with torch._C._AutoDispatchBelowAutograd():
-            if self.joint is not None and x.numel() == self.in_features:
+            if self.joint is not None and x.numel() == self.in_features and x.is_cpu:
                 y = self.joint.multiply(self, x)
                 if y is not None:
                     return y

@@ -110,6 +110,12 @@ def test_inference_mode():
             assert torch.equal(got, expected)
 
 
+def test_a_row_on_another_device():
+    module = Attention()
+    assert [y.shape for y in module(row().to("meta"))] == [(1, 1, 128), (1, 1, 64), (1, 1, 40)]
+    assert module.q_proj.joint is None  # in the stored layout, which other devices read
+
+
 def test_gradients_pass():
     module = Attention()
     with torch.enable_grad():
