@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..compress.recipe import parse_recipe
 from ..compress.sequential import compress_
 from ..kernels.limits import read_bandwidth
-from .speed import held_bytes
+from .speed import decode_rate, held_bytes
 
 RECIPES = ("rtn-w4a16-g128", "rtn-w4a8-g128")
 PROMPT, PREFILL, NEW, ROUNDS = 32, 512, 24, 5
@@ -49,7 +49,7 @@ def measure(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     with torch.no_grad():
         for turn in range(ROUNDS + 1):  # the first is a warm-up
             for name, model in models.items():
-                measured = (_tokens_per_s(model, prompt), _seconds(model, long))
+                measured = (decode_rate(model, prompt, 0, NEW), _seconds(model, long))
                 if turn:
                     decode[name].append(measured[0])
                     prefill[name].append(measured[1])
@@ -86,16 +86,6 @@ def checks(row: dict[str, Any]) -> list[dict[str, Any]]:
             ("prefill of 512 over bf16's", "prefill_over_bf16", "<=", 1.1),
         )
     ]  # fmt: skip
-
-
-def _tokens_per_s(model: Any, prompt: torch.Tensor) -> float:
-    def run(count: int) -> float:
-        begin = time.perf_counter()
-        model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-        return time.perf_counter() - begin
-
-    first = run(1)
-    return NEW / (run(NEW + 1) - first)
 
 
 def _seconds(model: Any, tokens: torch.Tensor) -> float:

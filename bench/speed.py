@@ -31,32 +31,36 @@ def decode_speed(
     The pass over the prompt is timed apart and taken off.
     """
 
-    def run(count: int) -> float:
-        with where.timed() as timer:
-            network.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=pad,
-            )
-        return timer.seconds
-
-    where = device(str(model.device))
-    network: Any = model  # transformers types generate as what may be a tensor
     ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
-        run(2)
-        rates = []
-        for _ in range(repeats):
-            prefill = run(1)
-            rates.append(new_tokens / max(run(new_tokens + 1) - prefill, 1e-9))
-        with where.peak_memory(held_bytes(model)) as memory:
-            run(new_tokens + 1)
+        _generate(model, ids, pad, 2)
+        rates = [decode_rate(model, ids, pad, new_tokens) for _ in range(repeats)]
+        with device(str(model.device)).peak_memory(held_bytes(model)) as memory:
+            _generate(model, ids, pad, new_tokens + 1)
     middle = statistics.median(rates)
     return DecodeSpeed(middle, (max(rates) - min(rates)) / middle, repeats, new_tokens, memory.peak_bytes)
+
+
+def decode_rate(model: PreTrainedModel, ids: torch.Tensor, pad: int, new_tokens: int) -> float:
+    """Tokens a second of `new_tokens` decode steps after ids [1, length]; the pass over these is taken off."""
+    prefill = _generate(model, ids, pad, 1)
+    return new_tokens / max(_generate(model, ids, pad, new_tokens + 1) - prefill, 1e-9)
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor, pad: int, count: int) -> float:
+    """Seconds for `count` tokens."""
+    network: Any = model  # transformers types generate as what may be a tensor
+    with device(str(model.device)).timed() as timer:
+        network.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+        )
+    return timer.seconds
 
 
 def held_bytes(model: PreTrainedModel) -> int:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.reference import BLOCK
+
 if TYPE_CHECKING:
     from .linear import QuantLinear
 
-_BLOCK = 64  # rows of a block of the layout: all layers but the last have to fill theirs
 # By their names in one module: Llama and all that came of it; Mixtral's experts.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -29,10 +30,11 @@ class Joint:
     def __init__(self, members: Sequence[QuantLinear]) -> None:
         from ..kernels.cpu import in_large_pages  # there, where anything is laid out
 
-        blocks = [_blocks(member) for member in members]
+        blocks: list[Any] = [member.blocks for member in members]
         self._blocks = torch.cat(blocks, out=in_large_pages(torch.empty(sum(map(len, blocks)), dtype=torch.uint8)))
         self._parts = self._blocks.split([len(part) for part in blocks])
         self._widths = [member.out_features for member in members]
+        self._rows = sum(self._widths)
         self._members = tuple(members)
         self._activation = members[0].activation
         self._found: tuple[weakref.ref[Tensor], int, dict[QuantLinear, Tensor]] | None = None
@@ -48,29 +50,23 @@ class Joint:
             y = found[2].pop(member, None)
             if y is not None:
                 return y
-        y = member.product(x, self._blocks, sum(self._widths))
+        y = member.product(x, self._blocks, self._rows)
         rows = dict(zip(self._members, y.split(self._widths, -1), strict=True))
         mine = rows.pop(member)
         self._found = (weakref.ref(x), x._version, rows)
         return mine
 
     def _unchanged(self, member: QuantLinear, part: Tensor) -> bool:
-        held = member._buffers
-        return (
-            held.get("blocks") is part
-            and held["bias"] is None
-            and held["x_scale"] is None
-            and member.transform is None
-            and member.activation == self._activation
-        )
+        return member._buffers.get("blocks") is part and _plain(member) and member.activation == self._activation
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_found": None}  # what is found is of this process
 
 
-def _blocks(member: QuantLinear) -> Tensor:
-    assert member.blocks is not None
-    return member.blocks
+def _plain(member: QuantLinear) -> bool:
+    """Whether nothing but its weight is its own: one product can serve others too."""
+    held = member._buffers
+    return held["bias"] is None and held["x_scale"] is None and member.transform is None
 
 
 def join(members: Sequence[QuantLinear]) -> Joint | None:
@@ -78,13 +74,11 @@ def join(members: Sequence[QuantLinear]) -> Joint | None:
     first = members[0]
     alike = all(
         member.blocks is not None
-        and member.bias is None
-        and member.transform is None
-        and member.x_scale is None
+        and _plain(member)
         and (member.in_features, member.form, member.activation) == (first.in_features, first.form, first.activation)
         for member in members
     )
-    whole = all(member.out_features % _BLOCK == 0 for member in members[:-1])
+    whole = all(member.out_features % BLOCK == 0 for member in members[:-1])  # no padding between two of them
     return Joint(members) if alike and whole else None
 
 

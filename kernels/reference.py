@@ -10,7 +10,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-_BLOCK = 64  # rows of a block, kBlockRows in csrc/blocks.h
+BLOCK = 64  # rows of a block, kBlockRows in csrc/blocks.h
 
 
 def packed_width(k: int, bits: int) -> int:
@@ -53,14 +53,13 @@ def w4a16_linear(
 ) -> torch.Tensor:
     """x [..., K] @ w.T + bias [N] -> y [..., N] in x's dtype, computed in float32."""
     w = dequantize(packed, scale, zero, bits, x.shape[-1])
-    y = _linear(x, w, bias)
-    return y.to(x.dtype)
+    return _linear(x, w, bias).to(x.dtype)
 
 
 def prepacked_bytes(n: int, k: int, groups: int, bits: int, scale_type: int, zero: bool) -> int:
     """Size of a weight in the CPU's run-time layout (csrc/blocks.h)."""
     step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
-    rows = (n + _BLOCK - 1) // _BLOCK * _BLOCK
+    rows = (n + BLOCK - 1) // BLOCK * BLOCK
     steps = (k // groups + step - 1) // step
     return rows * groups * (steps * step * bits // 8 + (2 if scale_type else 4) + zero)
 
@@ -71,8 +70,8 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     n, groups = scale.shape
     step = 32 if bits == 3 else 32 // bits
     codes = unpack(packed, bits, k).reshape(n, groups, k // groups)
-    codes = F.pad(codes, (0, -(k // groups) % step, 0, 0, 0, -n % _BLOCK))
-    quads = codes.reshape(-1, _BLOCK, groups, codes.shape[2] // step, step // 4, 4)  # [N/64, 64, G, steps, quads, 4]
+    codes = F.pad(codes, (0, -(k // groups) % step, 0, 0, 0, -n % BLOCK))
+    quads = codes.reshape(-1, BLOCK, groups, codes.shape[2] // step, step // 4, 4)  # [N/64, 64, G, steps, quads, 4]
     if bits == 3:
         low = [_or((quads & 3)[..., 4 * i : 4 * i + 4, :], 2) for i in range(2)]
         lines = torch.stack((*low, _or(quads >> 2, 1)), -2)
@@ -81,8 +80,8 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     parts = [lines.permute(0, 2, 3, 4, 1, 5)]
     for values in (scale, zero):
         if values is not None:
-            rows = F.pad(values, (0, 0, 0, -n % _BLOCK)).reshape(-1, _BLOCK, groups).transpose(1, 2)
-            parts.append(rows.reshape(len(rows), groups * _BLOCK).view(torch.uint8))
+            rows = F.pad(values, (0, 0, 0, -n % BLOCK)).reshape(-1, BLOCK, groups).transpose(1, 2)
+            parts.append(rows.reshape(len(rows), groups * BLOCK).view(torch.uint8))
     return torch.cat([part.flatten(1) for part in parts], 1).reshape(-1)
 
 
@@ -92,12 +91,12 @@ def unprepack(
     """Exactly undoes `prepack` -> packed, scale, zero ([0, G] where there is none)."""
     dtype = (torch.float32, torch.float16, torch.bfloat16)[scale_type]
     step = 32 if bits == 3 else 32 // bits
-    count = (n + _BLOCK - 1) // _BLOCK
+    count = (n + BLOCK - 1) // BLOCK
     steps = (k // groups + step - 1) // step
-    width = groups * _BLOCK
+    width = groups * BLOCK
     sizes = (width * steps * step * bits // 8, width * dtype.itemsize, width * zero)
     words, scales, zeros = blocks.reshape(count, sum(sizes)).split(sizes, 1)
-    lines = words.reshape(count, groups, steps, 3 if bits == 3 else 1, _BLOCK, 4)
+    lines = words.reshape(count, groups, steps, 3 if bits == 3 else 1, BLOCK, 4)
     lines = lines.permute(0, 4, 1, 2, 3, 5)  # [N/64, 64, G, steps, lines, 4]
     if bits == 3:
         low = lines[..., :2, None, :] >> 2 * _range(4, blocks)[:, None] & 3
@@ -105,10 +104,10 @@ def unprepack(
         quads = low.flatten(-3, -2) | high << 2
     else:
         quads = lines >> bits * _range(8 // bits, blocks)[:, None] & 2**bits - 1
-    codes = quads.reshape(count * _BLOCK, groups, steps * step)[:n, :, : k // groups].reshape(n, k)
+    codes = quads.reshape(count * BLOCK, groups, steps * step)[:n, :, : k // groups].reshape(n, k)
 
     def rows(values: torch.Tensor) -> torch.Tensor:
-        return values.reshape(count, groups, _BLOCK).transpose(1, 2).reshape(count * _BLOCK, groups)[:n].contiguous()
+        return values.reshape(count, groups, BLOCK).transpose(1, 2).reshape(count * BLOCK, groups)[:n].contiguous()
 
     return pack(codes, bits), rows(scales.clone().view(dtype)), rows(zeros) if zero else zeros.new_empty(0, groups)
 
