@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .accelerator import AllocatorPeak, EventTimer
 from .device import PEAKS, Peak
 
 
@@ -122,37 +123,3 @@ class CudaDevice:
         if clock and width:  # torch before 2.7 does not tell
             peaks["memory"] = Peak(2 * clock * 1e3 * width / 8, "memory clock and bus width, as the driver has them")
         return peaks
-
-
-class EventTimer:
-    """Seconds that a block took on the device, between two of its events; asking waits for the second."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.current_stream(device)
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __enter__(self) -> EventTimer:
-        self._start.record(self._stream)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.record(self._stream)
-
-    @property
-    def seconds(self) -> float:
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1e3
-
-
-class AllocatorPeak:
-    """Most bytes of tensors on the device during a block, those of before it included: torch's allocator counts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self.peak_bytes = device, 0
-
-    def __enter__(self) -> AllocatorPeak:
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.peak_bytes = torch.cuda.max_memory_allocated(self._device)

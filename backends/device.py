@@ -43,7 +43,7 @@ class Memory(Protocol):
 
 
 class Device(Protocol):
-    """One device. name: as torch writes it, "cpu" or "cuda:0"; kind: "cpu" or "cuda"."""
+    """One device. name: as torch writes it, "cpu" or "cuda:0"; kind: "cpu", "cuda" or "npu"."""
 
     name: str
     kind: str
@@ -71,38 +71,66 @@ class Device(Protocol):
 
 
 def parse_device(spec: str) -> tuple[str, int]:
-    """(kind, index) of "auto", "cpu", "cuda" (the first) or "cuda:N", without torch; ValueError for another."""
-    if spec == "npu" or spec.startswith("npu:"):
-        raise ValueError(f"device: {spec!r}: Ascend NPUs are not built in yet; choose auto, cpu, cuda or cuda:N")
-    if not (found := re.fullmatch(r"(auto|cpu|cuda)|cuda:(\d+)", spec)):
-        raise ValueError(f"device: {spec!r} is not one of auto, cpu, cuda, cuda:N")
-    return found[1] or "cuda", int(found[2] or 0)
+    """(kind, index) of "auto", "cpu", "cuda" or "npu" (the first), "cuda:N" or "npu:N", without torch; ValueError for
+    another."""
+    if not (found := re.fullmatch(r"(auto|cpu|cuda|npu)|(cuda|npu):(\d+)", spec)):
+        raise ValueError(f"device: {spec!r} is not one of auto, cpu, cuda, cuda:N, npu, npu:N")
+    return found[1] or found[2], int(found[3] or 0)
 
 
 def detect() -> list[Device]:
     """Every device that can be used here, the CPU first."""
+    from . import ascend, cuda
     from .cpu import CpuDevice
-    from .cuda import CudaDevice, count
 
-    return [CpuDevice(), *map(CudaDevice, range(count()))]
+    return [
+        CpuDevice(),
+        *map(cuda.CudaDevice, range(cuda.count())),
+        *map(ascend.AscendDevice, range(ascend.count())),
+    ]
+
+
+def refusals() -> dict[str, tuple[str, str]]:
+    """Kinds of devices of which there is none that works: why not, and what would help."""
+    from . import ascend, cuda
+
+    found = {"cuda": cuda.refusal(0), ascend.NAME: ascend.refusal(0)}
+    return {kind: why for kind, why in found.items() if why is not None}
 
 
 def device(spec: str = "auto", say: Callable[[str], None] = _log.info) -> Device:
-    """The device `spec`; "auto" is the first CUDA device that works, else the CPU, and tells `say` which and why.
+    """The device `spec`; "auto" is the first CUDA device that works, else the first NPU, else the CPU, and tells `say`
+    which and why.
 
     Raises ValueError where `spec` is no device's name, or that device is not there: what is, and what would help.
     """
+    from . import ascend, cuda
     from .cpu import CpuDevice
-    from .cuda import CudaDevice, count, refusal
 
     kind, index = parse_device(spec)
     if kind == "cpu":
         return CpuDevice()
-    why = refusal(index)
     if kind == "auto":
-        say("auto took cpu: " + why[0] if why else f"auto took cuda:0, the first of {count()} that torch sees")
-        return CpuDevice() if why else CudaDevice(0)
+        return _best(say)
+    why = (cuda if kind == "cuda" else ascend).refusal(index)
     if why:
         there = ", ".join(each.name for each in detect())
         raise ValueError(f"device: {spec!r} cannot be had: {why[0]}. Here are: {there}. {why[1]}")
-    return CudaDevice(index)
+    return cuda.CudaDevice(index) if kind == "cuda" else ascend.AscendDevice(index)
+
+
+def _best(say: Callable[[str], None]) -> Device:
+    from . import ascend, cuda
+    from .cpu import CpuDevice
+
+    missing = refusals()
+    if "cuda" not in missing:
+        say(f"auto took cuda:0, the first of {cuda.count()} that torch sees")
+        return cuda.CudaDevice(0)
+    if ascend.NAME not in missing:
+        say(f"auto took npu:0, the first of {ascend.count()} that torch-npu sees")
+        return ascend.AscendDevice(0)
+    # Who has the wheel wants to know about the NPU; who has not, has none.
+    said = [missing["cuda"][0]] + ([missing[ascend.NAME][0]] if ascend.installed() else [])
+    say("auto took cpu: " + "; ".join(said))
+    return CpuDevice()

@@ -12,10 +12,11 @@ from __future__ import annotations
 import sys
 import warnings
 
+from ..backends.on_import import after_import
+
 TYPE_CHECKING = False  # as typing's own, which would be most of the time that `import remanence` takes
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from importlib.machinery import ModuleSpec
+    from collections.abc import Callable, Mapping
     from types import ModuleType
     from typing import Any
 
@@ -48,9 +49,7 @@ def arm() -> None:
     registry = sys.modules.get(_REGISTRY)
     if registry is not None:
         register(registry)
-    # Also when it is there: it may be imported anew.
-    if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
+    after_import(_REGISTRY, register)  # also when it is there: it may be imported anew
 
 
 def register(registry: ModuleType) -> None:
@@ -93,32 +92,3 @@ def _quantizer(config: PackedConfig, **kwargs: Any) -> PackedQuantizer:
 
     return PackedQuantizer(config, **kwargs)
 
-
-class _Watcher:
-    """A finder on sys.meta_path that lets the others find the registry, and has `register` run right after it ran."""
-
-    def __init__(self) -> None:
-        self.asking = False
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _REGISTRY or self.asking:
-            return None
-        self.asking = True  # we are among those whom we ask, and others may ask everybody too
-        try:
-            found = (finder.find_spec(name, path, target) for finder in sys.meta_path)
-            spec = next((spec for spec in found if spec is not None), None)
-        finally:
-            self.asking = False
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            if module.__name__ == _REGISTRY:  # a loader may serve many modules
-                register(module)
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec

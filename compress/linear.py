@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..backends import ascend
 from ..kernels import ops
 from ..kernels.ops import dequantize, pack, unpack
+from .hadamard import OnlineHadamard
 from .joint import Joint, join, siblings
+from .kronecker import Kronecker
 from .rtn import QTensor
 from .spec import ActivationSpec, QuantSpec
+
+if TYPE_CHECKING:
+    from ..kernels.ascend.routes import Inputs
+    from ..kernels.ascend.weights import AscendWeight
 
 Model = TypeVar("Model", bound=nn.Module)
 _STORED = ("packed", "scale", "zero")
@@ -26,6 +33,7 @@ class QuantLinear(nn.Module):
     blocks  instead of these three, once `prepack_` was called: the run-time layout of this machine's kernels. The three
             are then copies, worked out when asked for; to set one brings the stored layout back. A state_dict has them
             and nothing else
+    laid    the same on an Ascend NPU, from the first call on: as its operators read it for the dtype of x
     bias    [N] or None, the model's dtype
     activation  how x is rounded; None: it is not
     x_scale, x_zero   float32 [1] and int32 [1], of a static activation; else None
@@ -61,6 +69,7 @@ class QuantLinear(nn.Module):
         self.transform: nn.Module | None = None
         self.siblings: tuple[QuantLinear, ...] = ()
         self.joint: Joint | None = None
+        self.laid: AscendWeight | None = None
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -87,10 +96,12 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x and on its device; weights that are on another are copied for the
         call."""
-        if self.transform is not None:
-            x = self.transform(x)
         if x.shape[-1:] != (self.in_features,):  # the op knows no more than how many words a row of codes fills
             raise ValueError(f"x: shape {list(x.shape)} is not [..., {self.in_features}]")
+        if x.device.type == ascend.NAME and self._here(x.device):
+            return self._on_npu(x)
+        if self.transform is not None:
+            x = self.transform(x)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._multiply(x)
         # Without a gradient torch would still look for one, in Python: a third of what a call costs beside the kernel.
@@ -109,6 +120,28 @@ class QuantLinear(nn.Module):
             return torch.ops.remanence.prepacked_linear(x, *weight)
         grid = (held["x_scale"], held["x_zero"])
         return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.symmetric, a.clip)
+
+    def _here(self, device: torch.device) -> bool:
+        packed = self._buffers["packed"]
+        return packed is None or packed.device == device
+
+    def _on_npu(self, x: Tensor) -> Tensor:
+        from ..kernels.ascend import products
+
+        if self.laid is None or self.laid.layer.dtype != x.dtype:
+            self.laid = products.lay(self.packed, self.scale, self.zero, self.on_ascend(x.dtype), x.device)
+            self._buffers.update(dict.fromkeys(_STORED))
+        held = self._buffers
+        static = None if held["x_scale"] is None else (held["x_scale"], held["x_zero"])
+        return products.linear(x, self.laid, held["bias"], static, self.transform)
+
+    def on_ascend(self, dtype: torch.dtype) -> Any:
+        """What kernels/ascend/routes.py is to be asked about this layer, for x in `dtype`."""
+        from ..kernels.ascend.routes import Layer
+
+        k, spec = self.in_features, self.spec
+        inputs = None if self.activation is None else _inputs(self.activation, self.transform)
+        return Layer(self.out_features, k, spec.bits, spec.group_size or k, spec.symmetric, dtype, inputs)
 
     def _multiply(self, x: Tensor) -> Tensor:
         blocks, a = self._buffers.get("blocks"), self.activation
@@ -152,16 +185,24 @@ class QuantLinear(nn.Module):
 
     def unprepack_(self) -> QuantLinear:
         """The stored layout again."""
-        if self.blocks is not None:
+        if self._laid_out():
             stored = self._stored()
-            self._lay(None)
+            if self.blocks is not None:
+                self._lay(None)
+            self.laid = None
             self.packed, self.scale, self.zero = stored
             for member in self.siblings:
                 member.joint = None
         return self
 
+    def _laid_out(self) -> bool:
+        """The stored layout is not kept."""
+        return self._buffers.get("blocks") is not None or self.__dict__.get("laid") is not None
+
     def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """packed, scale, zero, of `blocks`."""
+        """packed, scale, zero, of `blocks` or `laid`."""
+        if self.laid is not None:
+            return self.laid.stored()
         assert self.blocks is not None
         n, form = self.out_features, self.form
         packed, scale, zero = torch.ops.remanence.unprepack(self.blocks, n, self.in_features, *form)
@@ -170,18 +211,18 @@ class QuantLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "blocks":
             return self._buffers.get(name)
-        if name in _STORED and self._buffers.get("blocks") is not None:
+        if name in _STORED and self._laid_out():
             return self._stored()[_STORED.index(name)]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _STORED and self._buffers.get("blocks") is not None:
+        if name in _STORED and self._laid_out():
             self.unprepack_()  # else the run-time layout would go on as it was
         super().__setattr__(name, value)
 
     def _apply(self, *args: Any, **kwargs: Any) -> QuantLinear:
         """As for any module, but the static grid keeps its dtype: `model.to(dtype)` is about the model's numbers."""
-        x_scale, prepacked = self.x_scale, self.blocks is not None
+        x_scale, prepacked = self.x_scale, self._laid_out()
         self.unprepack_()
         super()._apply(*args, **kwargs)
         if x_scale is not None and self.x_scale is not None and self.x_scale.dtype != x_scale.dtype:
@@ -190,12 +231,12 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.blocks is not None:
+        if self._laid_out():
             stored = zip(_STORED, self._stored(), strict=True)
             destination.update({f"{prefix}{name}": tensor for name, tensor in stored if tensor is not None})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        prepacked = self.blocks is not None
+        prepacked = self._laid_out()
         self.unprepack_()
         super()._load_from_state_dict(*args, **kwargs)
         if prepacked:
@@ -220,6 +261,17 @@ class QuantLinear(nn.Module):
             + ("" if spec.symmetric else ", asymmetric")
             + ("" if self.activation is None else f", activation={self.activation}")
         )
+
+
+def _inputs(activation: ActivationSpec, transform: nn.Module | None) -> Inputs:
+    from ..kernels.ascend.routes import Inputs
+
+    kind, factors = "", ()
+    if isinstance(transform, Kronecker):
+        kind, factors = "kronecker", (len(transform.left), len(transform.right))
+    elif isinstance(transform, OnlineHadamard):
+        kind, factors = "hadamard", (len(transform.signs),)
+    return Inputs(activation.bits, activation.dynamic, int(activation.symmetric), activation.clip, kind, factors)
 
 
 def _brought(tensors: tuple[Tensor | None, ...], device: torch.device) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """The ops of this package, as torch sees them: `torch.ops.remanence.*`, with shapes, errors and gradients.
 
-Torch's dispatcher picks the implementation: the native kernels on a CPU, the plain reference elsewhere. On a CPU a
+Torch's dispatcher picks the implementation: the native kernels on a CPU, Triton's on a GPU, torch-npu's operators on an
+Ascend NPU, the plain reference elsewhere. On a CPU a
 weight may be laid out anew for it, once (`prepack`), and is then multiplied at the speed of memory.
 Shapes: N output features, K input features, G groups a row (group size K / G), M rows of x (leading axes).
 A weight is w = (codes - zero) * scale, codes in 0 .. 2^bits - 1, stored as compressed-tensors stores them.
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, gpu, reference, shapes
+from . import checks, gpu, npu, reference, shapes
 from .checks import BITS, SCALE_TYPES
 from .reference import packed_width
 
@@ -318,6 +319,9 @@ def _define(schema: str) -> None:
         _implement(name, "CPU", getattr(cpu, name), check)
     if name in gpu.OPS:
         _implement(name, "CUDA", gpu.implementation(name, getattr(reference, name)), check)
+    if name in npu.OPS:
+        # "npu" is a name that torch does not know before torch-npu is loaded.
+        _implement(name, "PrivateUse1", npu.implementation(name, getattr(reference, name)), check)
 
 
 def _define_fixed(name: str, bits: int, x_bits: int) -> None:
@@ -335,7 +339,8 @@ def _define_fixed(name: str, bits: int, x_bits: int) -> None:
     _implement(name, "Meta", general(shapes.integer_linear), check)
     if cpu is not None:
         _implement(name, "CPU", general(cpu.integer_linear), check)
-    _implement(name, "CUDA", general(gpu.implementation("integer_linear", reference.integer_linear)), check)
+    for key, device in (("CUDA", gpu), ("PrivateUse1", npu)):
+        _implement(name, key, general(device.implementation("integer_linear", reference.integer_linear)), check)
 
 
 def _differentiable(name: str, order: Sequence[str], dense: Callable[..., torch.Tensor], **known: int) -> None:

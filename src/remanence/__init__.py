@@ -5,6 +5,7 @@ The public names below load on first use, so that `import remanence` and `remane
 
 from importlib import import_module
 
+from .backends.autoload import guard
 from .compress.integration import arm
 
 __version__ = "0.1.0"
@@ -30,5 +31,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# The one thing that happens on import: transformers' from_pretrained learns to read our checkpoints. It loads nothing.
+# What happens on import, and loads nothing: a broken torch-npu no longer ends `import torch`, and transformers'
+# from_pretrained learns to read our checkpoints.
+guard()
 arm()
