@@ -92,7 +92,10 @@ def _unloaded(said: str) -> tuple[str, str]:
         if home := os.environ.get("ASCEND_HOME_PATH"):
             return f"CANN at {home} cannot be loaded: {what}", f"source {home}/set_env.sh in this shell first"
         return f"CANN is not installed, or not set up: {what}", f"Install CANN, and source {_CANN} in this shell first"
-    return f"torch-npu cannot be loaded: {said}", "Install it anew, in the release of torch, beside the CANN it asks for"
+    return (
+        f"torch-npu cannot be loaded: {said}",
+        "Install it anew, in the release of torch, beside the CANN it asks for",
+    )
 
 
 def _wheel() -> str | None:

@@ -1,9 +1,9 @@
 """torch-npu's operators in plain torch, behind their own schemas, as strict as their documentation.
 
-What an NPU computes is taken from the formulas of op-plugin (docs/zh/custom_APIs/torch_npu) and of CANN's aclnnFlatQuant,
-in float64 and int64 (and what is rounded, in float32); what it refuses from the same pages and from the checks of the C++ in front. A call that the device
-would refuse raises here too, so that code which passes has kept to the contract. Nothing here knows how remanence lays a
-weight out.
+What an NPU computes is taken from the formulas of op-plugin (docs/zh/custom_APIs/torch_npu) and CANN's aclnnFlatQuant,
+what it refuses from the same pages and from the checks of the C++ in front. Products are in float64 and int64; what is
+rounded is in float32, as on the device. A call that the device would refuse raises here too, so that code which passes
+has kept to the contract. Nothing here knows how remanence lays a weight out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ calls: list[str] = []  # of operators, in their order
 
 
 def install() -> None:
-    """Define the operators where torch-npu is not loaded, with implementations for tensors on the CPU. Twice is once."""
+    """Define the operators where torch-npu is not loaded, and implement them for tensors on the CPU. Twice is once."""
     if _libraries:
         return
     library = torch.library.Library("npu", "FRAGMENT")
@@ -178,13 +178,15 @@ def _table() -> set[tuple[torch.dtype | None, ...]]:
         rows |= {(i8, s, b, p, b16) for s in (f32, b16) for b in (i32, b16, f32, None) for p in (f32, None)}
         rows |= {(i8, f32, bias, f32, f16) for bias in (i32, b16, f32, None)}
         rows |= {(i8, scale, bias, None, i32) for scale in (f32, b16) for bias in (i32, None)}
-        rows |= {(i32, f32, bias, None, f16) for bias in (i32, None)} | {(i32, f32, None, f32, out) for out in (b16, f16)}
+        rows |= {(i32, f32, bias, None, f16) for bias in (i32, None)} | {
+            (i32, f32, None, f32, out) for out in (b16, f16)
+        }
     return rows
 
 
 def _by_rows(x: Tensor, top: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Codes and scales of rows [..., K], scale = clip * max|x| / top, in float32 as on the device, where a tie is one of
-    that arithmetic; what is cut off goes to the ends of int4 and int8."""
+    """Codes and scales of rows [..., K], scale = clip * max|x| / top, in float32 as on the device, whose ties are of that
+    arithmetic; what is cut off goes to the ends of int4 and int8."""
     x = x.float()
     scale = clip * x.abs().amax(-1) / top
     codes = (x / scale[..., None]).round().nan_to_num(0)
@@ -205,6 +207,7 @@ def _dynamic_quant(
 
 
 def _quantize(input, scales, zero_points, dtype, axis=1, div_mode=True):
+    _demand(axis in (-1, input.dim() - 1), f"axis: {axis}")
     product, kind = _product[0], _KINDS[dtype]
     _demand(input.dtype in (torch.float32, *(_HALVES if product.bfloat16 else _HALVES[:1])), f"input: {input.dtype}")
     _demand(scales.numel() == 1, "not made here")
@@ -246,7 +249,9 @@ def _rotate_quant(
     transpose_y=False,
 ):
     _demand(_product[0].fused, "npu_rotate_quant is not supported")
-    plain = alpha is None and axis in (-1, 1) and round_mode == "rint" and not (scale_alg or dst_type_max or transpose_y)
+    plain = (
+        alpha is None and axis in (-1, 1) and round_mode == "rint" and not (scale_alg or dst_type_max or transpose_y)
+    )
     _demand(plain, "not made here")
     K, N = len(rotation), x.shape[-1]
     _demand(x.dim() == 2 and x.dtype in _HALVES and rotation.dtype == x.dtype, f"x: {x.dtype}, {x.dim()} axes")

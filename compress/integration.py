@@ -91,4 +91,3 @@ def _quantizer(config: PackedConfig, **kwargs: Any) -> PackedQuantizer:
     from .quantizer import PackedQuantizer
 
     return PackedQuantizer(config, **kwargs)
-

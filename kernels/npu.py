@@ -1,4 +1,4 @@
-"""The products on an Ascend NPU (ascend/) behind the ops, imported at the first call: they take torch-npu's operators."""
+"""The products on an Ascend NPU (ascend/) behind the ops, imported at the first call: they take torch-npu."""
 
 from collections.abc import Callable
 from typing import Any

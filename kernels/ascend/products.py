@@ -1,10 +1,9 @@
-"""The products of packed layers on an Ascend NPU, along the route that routes.py gives, and the ops behind which torch's
-dispatcher has them there."""
+"""The products of packed layers on an Ascend NPU, along the route that routes.py gives, and the ops of this package that
+torch's dispatcher finds there."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -121,7 +120,8 @@ def _weight_only(x: Tensor, weight: AscendWeight, bias: Tensor | None) -> Tensor
         n = scale.shape[1]
         if own is not None:
             # Of bfloat16 products the operator wants it in float32.
-            own = F.pad(own.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype), (0, n - len(own)))
+            own = own.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype)
+            own = F.pad(own, (0, n - len(own))) if len(own) < n else own
         outputs.append(
             torch.ops.npu.npu_weight_quant_batchmatmul(
                 x,
@@ -163,7 +163,7 @@ def _integer(
 def _rounded(
     x: Tensor, weight: AscendWeight, inputs: Inputs, static: Static | None, transform: nn.Module | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """codes of x [M, K] (int8, or int32 with eight of them), scale float32 [M] or [1], zero int32 [M] or [1] or None."""
+    """codes of x [M, K] (int8, or int32 of eight), scale float32 [M] or [1], zero int32 [M] or [1], or None."""
     way, int4 = weight.route.rounding, weight.route.held == "int4"
     if way == "npu_kronecker_quant":
         return *_kronecker(x, inputs, transform), None
@@ -217,26 +217,28 @@ def _scaled(
     codes: Tensor, scale: Tensor, zero: Tensor | None, weight: AscendWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The operator scales: symmetric weights, one scale per output channel; x by token, or on a given grid."""
-    by_token, int4 = len(scale) == len(codes) and zero is None, weight.route.held == "int4"
+    inputs, way = weight.layer.inputs, weight.route
+    assert inputs is not None
+    if inputs.dynamic:
+        fixed = [(w_scale[0], None) for w_scale, _ in weight.grids(torch.float32)]
+    else:
+        fixed = weight.fixed(scale, None if inputs.grid else zero)
+    # Beside a scale per token the operator adds a bias itself; with int4, or a shift in its place, it cannot.
+    inside = inputs.dynamic and way.held == "int8"
     outputs = []
-    shifts = [None] * len(weight.parts) if zero is None else [-(zero * sums[0]) for sums in weight.sums()]
-    for part, (w_scale, _), own, shift in zip(
-        weight.parts, weight.grids(torch.float32), _split(bias, weight), shifts, strict=True
-    ):
-        # Beside a scale per token the operator adds a bias itself; with int4, or a shift in its place, it cannot.
-        inside = own is not None and by_token and not int4
+    for part, (w_scale, shift), own in zip(weight.parts, fixed, _split(bias, weight), strict=True):
         y = torch.ops.npu.npu_quant_matmul(
             codes,
             part,
-            w_scale[0] if by_token else w_scale[0] * scale,
-            pertoken_scale=scale if by_token else None,
+            w_scale,
+            pertoken_scale=scale if inputs.dynamic else None,
             bias=own.float() if inside and own is not None else shift,
             output_dtype=dtype,
         )
         if own is not None and not inside:
             y = (y[:, : len(own)].float() + own.float()).to(dtype)
         outputs.append(y)
-    return _joined(outputs, weight.route.parts)
+    return _joined(outputs, way.parts)
 
 
 def _by_sums(codes: Tensor, scale: Tensor, zero: Tensor | None, weight: AscendWeight) -> Tensor:
@@ -277,7 +279,9 @@ def _joined(outputs: list[Tensor], parts: tuple[int, ...]) -> Tensor:
 # What torch's dispatcher has on an NPU for the ops of this package (ops.py); each takes the arguments of the op
 
 
-def w4a16_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int) -> Tensor:
+def w4a16_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
+) -> Tensor:
     layer = Layer(len(packed), x.shape[-1], bits, x.shape[-1] // scale.shape[1], zero is None, x.dtype)
     return linear(x, lay(packed, scale, zero, layer, x.device), bias)
 

@@ -1,7 +1,7 @@
 """How a packed linear layer runs on an Ascend product: which operator of torch-npu, in which layout; or why it cannot.
 
-Every rule is of the operators' documentation (op-plugin, docs/zh/custom_APIs/torch_npu) or of a check in their C++. Most
-are enforced on the device alone, with errors that name neither the layer nor a remedy: so all of them stand here too.
+Every rule is of the operators' documentation (op-plugin, docs/zh/custom_APIs/torch_npu) or of a check in their C++.
+Most are enforced on the device alone, with errors that name neither the layer nor a remedy: so all stand here too.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _integer(layer: Layer, product: Product, layout: str) -> Route:
     fits = not int4 and plain and product.int4 and layer.n % 32 == 0 and layer.k % 32 == 0 and len(parts) == 1
     if layout == "nz" and not fits:
         raise ValueError(
-            f"layout: nz is for int8 weights with one scale per channel, both sides multiples of 32 and at most {MOST}, "
+            f"layout: nz is for int8 weights with one scale per channel, both sides multiples of 32, at most {MOST}, "
             f"on A2 and A3; here are {layer.n} x {layer.k} held as {'int4' if int4 else 'int8'} on {product.name}: nd"
         )
     return Route(

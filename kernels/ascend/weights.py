@@ -1,13 +1,15 @@
 """Packed weights as torch-npu's operators read them, made once from the stored layout, and exactly made back.
 
     int8   [K, N], code - 2^(bits-1)
-    int4   eight codes in an int32, the first in the lowest bits: along N in [K, N/8], or along K in [N, K/8], transposed
-           (bit-equal to npu_convert_weight_to_int4pack, which works on the host too)
+    int4   eight codes in an int32, the first in the lowest bits: along N in [K, N/8], or along K in [N, K/8]
+           transposed (bit-equal to npu_convert_weight_to_int4pack, which works on the host too)
     scale  [G, N] in the dtype of x; offset the same, and added to a code before it is scaled: 2^(bits-1) - zero
 Made on the host: the device's own operators for bits and bytes are few.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,7 @@ class AscendWeight:
         self.parts = [self._lay(rows.to(torch.int8)) for rows in codes.split(way.parts)]
         self._grids: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self._sums: list[torch.Tensor] | None = None
+        self._fixed: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor | None]]] | None = None
 
     def _lay(self, codes: torch.Tensor) -> torch.Tensor:
         """codes int8 [n, K] -> on the device."""
@@ -87,7 +90,7 @@ class AscendWeight:
 
     def _rows(self) -> list[slice]:
         starts = torch.tensor((0, *self.route.parts)).cumsum(0).tolist()
-        return [slice(start, end) for start, end in zip(starts, starts[1:])]
+        return [slice(start, end) for start, end in itertools.pairwise(starts)]
 
     def _grid(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         scale = self.scale[rows].float()
@@ -102,6 +105,15 @@ class AscendWeight:
         """[n, G] -> [G, n], padded as the codes are."""
         pad = -len(values) % 8 if self.route.held == "int4" else 0
         return F.pad(values, (0, 0, 0, pad)).T.contiguous().to(self.device)
+
+    def fixed(self, scale: torch.Tensor, zero: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Of inputs on a given grid (scale float32 [1], zero int32 [1] or None for 0), by part: float32 [n], the scale
+        of their products, and int32 [n], what zero adds to the sums. Kept while it is asked for that grid."""
+        if self._fixed is None or self._fixed[0] is not scale:
+            shifts = [None] * len(self.parts) if zero is None else [-(zero * sums[0]) for sums in self.sums()]
+            grids = [w_scale[0] * scale for w_scale, _ in self.grids(torch.float32)]
+            self._fixed = scale, list(zip(grids, shifts, strict=True))
+        return self._fixed[1]
 
     def zeros(self, rows: slice) -> torch.Tensor | None:
         """Of a part, int32 [G, n], on the scale of the signed codes; None: there are none."""
