@@ -47,7 +47,7 @@ def _check_can_compile() -> None:
 
 
 def _checks(row: dict, shared_bytes: int) -> list[dict]:
-    about = ("bits", "group", "m", "n")
+    about = ("bits", "grid", "group", "m", "n")
     name = " ".join([row["target"], row["kernel"], *(f"{field}={row[field]}" for field in about if field in row)])
     name += "".join(f" {field}" for field in ("zero", "shifted") if row.get(field))
     checks = [_at_most(f"{name}: spilled", 0, row["spilled"])]

@@ -103,7 +103,7 @@ def _kernel(x: Tensor, w: Ours, integer: bool) -> Tensor:
     start = (x.data_ptr(), ops.SCALE_TYPES[x.dtype], w.blocks.data_ptr(), 0, 0, 2, 0, 0, 0, y.data_ptr(), *size)
     threads = torch.get_num_threads()
     if integer:
-        _C.integer_linear(*start, 8, True, 1.0, 0, 0, threads)
+        _C.integer_linear(*start, 8, ops.SYMMETRIC, 1.0, 0, 0, threads)
     else:
         _C.linear(*start, threads)
     return y

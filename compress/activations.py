@@ -42,14 +42,14 @@ class Rounding:
 
 def quantize_rows(x: Tensor, activation: ActivationSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [..., K] -> codes int8 [..., K], scale float32 [..., 1], zero int32 [..., 1], None in a symmetric grid."""
-    codes, scale, zero = quantize_per_token(x, activation.bits, activation.symmetric, activation.clip)
+    codes, scale, zero = quantize_per_token(x, activation.bits, activation.grid, activation.clip)
     return codes, scale, None if activation.symmetric else zero
 
 
 def fake_quantize(x: Tensor, activation: ActivationSpec, static: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """x [..., K] as the integer path sees it, in x's dtype: row by row, or on the static grid (scale [1], zero [1])."""
     if static is None:
-        codes, scale, zero = quantize_per_token(x, activation.bits, activation.symmetric, activation.clip)
+        codes, scale, zero = quantize_per_token(x, activation.bits, activation.grid, activation.clip)
     else:
         (scale, zero), codes = static, quantize_with(x, *static, activation.bits)
     return ((codes - zero).float() * scale).to(x.dtype)
@@ -79,13 +79,13 @@ def settle(block: Block, wanted: ActivationSpec, solved: Mapping[str, Solved]) -
 
 def without_data(wanted: ActivationSpec) -> ActivationSpec:
     """The same as far as it can be had without data: a grid per token, no search."""
-    return ActivationSpec(wanted.bits, wanted.symmetric, clip=wanted.clip)
+    return replace(wanted, dynamic=True, search=False, fallback=None)
 
 
 def _settled(x: Tensor, weight: Tensor, wanted: ActivationSpec, low: float, high: float) -> Rounding:
     tried = []
     for clip in _CLIPS if wanted.search else (wanted.clip,):
-        activation = ActivationSpec(wanted.bits, wanted.symmetric, wanted.dynamic, clip)
+        activation = replace(wanted, clip=clip, search=False, fallback=None)
         static = None if wanted.dynamic else static_grid(low, high, activation, x.device)
         # A static clip is in the grid.
         kept = activation if static is None else replace(activation, clip=1.0)
@@ -97,7 +97,7 @@ def _settled(x: Tensor, weight: Tensor, wanted: ActivationSpec, low: float, high
 def static_grid(low: float, high: float, activation: ActivationSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale float32 [1] and zero int32 [1] for inputs from `low` to `high`, as quantize_per_token makes them."""
     row = torch.tensor([[low, high]], device=device)
-    _, scale, zero = quantize_per_token(row, activation.bits, activation.symmetric, activation.clip)
+    _, scale, zero = quantize_per_token(row, activation.bits, activation.grid, activation.clip)
     return scale[0], zero[0]
 
 

@@ -202,7 +202,8 @@ def _stem(model: PreTrainedModel, layers: Mapping[str, QuantLinear]) -> str:
     """Of the names of the weights' files: another one than usual where stock readers are to find nothing."""
     linear = all(layer.replaces == "Linear" for layer in layers.values())
     own = any(
-        layer.transform is not None or (layer.activation is not None and layer.activation.clip != 1)
+        layer.transform is not None
+        or (layer.activation is not None and (layer.activation.clip != 1 or layer.activation.narrow))
         for layer in layers.values()
     )
     rounded = any(layer.activation is not None for layer in layers.values())
@@ -475,7 +476,8 @@ def stock_readable(
 
     specs     of the layers that are packed, by name; without any the checkpoint is an ordinary one
     linear    whether they all are nn.Linear, which is all that it knows
-    own       inputs do not come as they are and with their whole ranges, but transformed, or shares of ranges
+    own       inputs do not come as they are and with their whole ranges, but transformed, in shares of ranges, or on
+              grids of which it does not know
     rounded   inputs are rounded
     Experts it fuses as it reads, which goes wrong unless all are packed alike, and like the layers around them, on a
     symmetric grid, with inputs that are not rounded; in a usual checkpoint that has them one by one.

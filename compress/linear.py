@@ -119,7 +119,7 @@ class QuantLinear(nn.Module):
         if a is None:
             return torch.ops.remanence.prepacked_linear(x, *weight)
         grid = (held["x_scale"], held["x_zero"])
-        return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.symmetric, a.clip)
+        return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.grid, a.clip)
 
     def _here(self, device: torch.device) -> bool:
         packed = self._buffers["packed"]
@@ -154,7 +154,7 @@ class QuantLinear(nn.Module):
             stored, grid = _brought(stored, x.device), _brought(grid, x.device)
         if a is None:
             return torch.ops.remanence.w4a16_linear(x, *stored, self.spec.bits)
-        return torch.ops.remanence.integer_linear(x, *grid, *stored, self.spec.bits, a.bits, a.symmetric, a.clip)
+        return torch.ops.remanence.integer_linear(x, *grid, *stored, self.spec.bits, a.bits, a.grid, a.clip)
 
     def prepack_(self) -> QuantLinear:
         """Lay the weight out for the kernels of its device, where they have a layout of their own: on a CPU."""

@@ -67,7 +67,7 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """How a layer's input becomes integers of `bits` bits, on the grid of compressed-tensors.
+    """How a layer's input becomes integers of `bits` bits, on the grids of compressed-tensors, or a narrow one.
 
     symmetric    zero is code 0 and the largest |x| is half the range; else from the least to the largest x, 0 included
     dynamic      one scale per token, made as it comes; False: one per layer, from the calibration data
@@ -75,6 +75,8 @@ class ActivationSpec:
     search       find the layer's clip on the calibration data, from 1 down to 0.5, by the squared error of its output
     fallback     a layer whose output is off by more than this relative squared error, for its input's rounding alone on
                  the calibration data, keeps 8 bits; None: none does
+    narrow       as many codes below zero as above, the largest |x| on the last of them (TensorFlow's narrow_range), as
+                 vLLM's CUDA kernels and npu_dynamic_quant round a token
     """
 
     bits: int
@@ -83,6 +85,7 @@ class ActivationSpec:
     clip: float = 1.0
     search: bool = False
     fallback: float | None = None
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in ACTIVATION_BITS:
@@ -97,6 +100,13 @@ class ActivationSpec:
             raise ValueError(f"a_fallback: {self.fallback} is given, and inputs have 8 bits already")
         if self.search and self.clip != 1:
             raise ValueError(f"a_clip: {self.clip} is given, and a_search would find another")
+        if self.narrow and not (self.symmetric and self.dynamic):
+            raise ValueError("a_narrow: goes with a symmetric grid per token, not with a_symmetric or a_dynamic=false")
+
+    @property
+    def grid(self) -> int:
+        """Of a row, by its number in kernels/reference.py, whose import would take torch."""
+        return 2 if self.narrow else int(self.symmetric)
 
     @property
     def calibrated(self) -> bool:

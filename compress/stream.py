@@ -115,7 +115,7 @@ class Job:
         self.file_names = file_names(self.model)
         linear = recipe.spec is None or all(isinstance(layer, nn.Linear) for _, layer in layers)
         a = recipe.activation
-        own = a is not None and a.dynamic and (a.search or a.clip != 1)
+        own = a is not None and a.dynamic and (a.search or a.clip != 1 or a.narrow)
         own = own or recipe.method == "flatquant"
         # A gate may keep some blocks at other widths, and which ones is not known yet.
         specs = {} if recipe.spec is None else {name: recipe.spec_of(name) for name in self.layers}
@@ -315,7 +315,9 @@ def _schemes(spec: QuantSpec, a: ActivationSpec | None, layers: Sequence[LayerRe
     """How every layer is stored, from what was reported of it: a resumed run has not seen the first ones."""
     found = {}
     for layer in layers:
-        activation = None if a is None else ActivationSpec(layer.input_bits, a.symmetric, not layer.input_static)
+        activation = None
+        if a is not None:
+            activation = ActivationSpec(layer.input_bits, a.symmetric, not layer.input_static, narrow=a.narrow)
         found[layer.name] = ct.Scheme(replace_fields(spec, bits=layer.bits or spec.bits), activation)
     return found
 

@@ -6,11 +6,12 @@ should be.
 
 import torch
 
-from .reference import packed_width, prepacked_bytes
+from .reference import ASYMMETRIC, NARROW, SYMMETRIC, packed_width, prepacked_bytes
 
 BITS = (2, 3, 4, 8)
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ScaleType in csrc/rows.h
 FLOATS = tuple(SCALE_TYPES)
+GRIDS = {ASYMMETRIC: "asymmetric", SYMMETRIC: "symmetric", NARROW: "narrow"}
 _UINT8 = (torch.uint8,)
 
 
@@ -90,26 +91,28 @@ def check_bits(bits):
         raise ValueError(f"bits: {bits} is not one of {', '.join(map(str, BITS))}")
 
 
-def check_quantize_per_token(x, bits, _symmetric, clip):
+def check_quantize_per_token(x, bits, grid, clip):
     if x.dtype not in FLOATS or not x.dim() or not x.shape[-1]:
         raise ValueError(f"x: {x.dtype} {list(x.shape)}, expected float32, float16 or bfloat16 [..., K]")
-    check_grid(bits, clip)
+    check_grid(bits, grid, clip)
 
 
-def check_grid(bits, clip):
+def check_grid(bits, grid, clip):
     if not 2 <= bits <= 8:
         raise ValueError(f"bits: {bits}, expected 2 to 8 for activations")
+    if grid not in GRIDS:
+        raise ValueError(f"grid: {grid} is not one of {', '.join(f'{key} ({name})' for key, name in GRIDS.items())}")
     if not 0 < clip <= 1:
         raise ValueError(f"clip: {clip}, expected above 0 and at most 1")
 
 
-def check_integer_linear(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, _symmetric, clip):
+def check_integer_linear(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, grid, clip):
     check_w4a16_linear(x, packed, scale, zero, bias, bits)
-    check_given_grid(x_scale, x_zero, x_bits, clip)
+    check_grids(x_scale, x_zero, x_bits, grid, clip)
 
 
-def check_given_grid(x_scale, x_zero, x_bits, clip):
-    check_grid(x_bits, clip)
+def check_grids(x_scale, x_zero, x_bits, grid, clip):
+    check_grid(x_bits, grid, clip)
     if (x_scale is None) != (x_zero is None):
         raise ValueError("x_scale: goes with x_zero; expected both or neither")
     if x_scale is not None:
@@ -180,10 +183,10 @@ def check_prepacked_linear(x, blocks, bias, n, groups, bits, scale_type, zero):
 
 
 def check_prepacked_integer_linear(
-    x, x_scale, x_zero, blocks, bias, n, groups, bits, scale_type, zero, x_bits, _symmetric, clip
+    x, x_scale, x_zero, blocks, bias, n, groups, bits, scale_type, zero, x_bits, grid, clip
 ):
     check_prepacked_linear(x, blocks, bias, n, groups, bits, scale_type, zero)
-    check_given_grid(x_scale, x_zero, x_bits, clip)
+    check_grids(x_scale, x_zero, x_bits, grid, clip)
 
 
 def check_sparse24_linear(x, compressed, bitmask, bias):

@@ -118,25 +118,23 @@ def _linear(x, blocks, weight: tuple[int, int, int, int], bias, y, n, groups, bi
     return y
 
 
-def integer_linear(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, symmetric, clip):
+def integer_linear(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, grid, clip):
     y = shapes.integer_linear(x, x_scale, x_zero, packed)
     n, groups = scale.shape
     _kept, weight = _stored(packed, scale, zero)
-    return _integer_linear(x, x_scale, x_zero, 0, weight, bias, y, n, groups, bits, x_bits, symmetric, clip)
+    return _integer_linear(x, x_scale, x_zero, 0, weight, bias, y, n, groups, bits, x_bits, grid, clip)
 
 
-def prepacked_integer_linear(
-    x, x_scale, x_zero, blocks, bias, n, groups, bits, scale_type, zero, x_bits, symmetric, clip
-):
+def prepacked_integer_linear(x, x_scale, x_zero, blocks, bias, n, groups, bits, scale_type, zero, x_bits, grid, clip):
     y = shapes.prepacked_integer_linear(x, x_scale, x_zero, blocks, bias, n)
     blocks = blocks.contiguous()
     weight = (0, 0, scale_type, int(zero))
     address = blocks.data_ptr()
-    return _integer_linear(x, x_scale, x_zero, address, weight, bias, y, n, groups, bits, x_bits, symmetric, clip)
+    return _integer_linear(x, x_scale, x_zero, address, weight, bias, y, n, groups, bits, x_bits, grid, clip)
 
 
 def _integer_linear(
-    x, x_scale, x_zero, blocks, weight: tuple[int, int, int, int], bias, y, n, groups, bits, x_bits, symmetric, clip
+    x, x_scale, x_zero, blocks, weight: tuple[int, int, int, int], bias, y, n, groups, bits, x_bits, grid, clip
 ):
     x, k = x.contiguous(), x.shape[-1]
     bias = None if bias is None else bias.contiguous()
@@ -154,7 +152,7 @@ def _integer_linear(
         groups,
         bits,
         x_bits,
-        symmetric,
+        grid,
         clip,
         _at(x_scale),
         _at(x_zero),
@@ -224,8 +222,8 @@ def _fill(out, rows, w, compressed, bitmask, bias):
         out[:, part] = F.linear(rows, w[:count].to(dtype), None if bias is None else bias[part])
 
 
-def quantize_per_token(x, bits, symmetric, clip):
-    x, (codes, scale, zero) = x.contiguous(), shapes.quantize_per_token(x, bits, symmetric, clip)
+def quantize_per_token(x, bits, grid, clip):
+    x, (codes, scale, zero) = x.contiguous(), shapes.quantize_per_token(x, bits, grid, clip)
     k = x.shape[-1]
     _C.quantize_per_token(
         x.data_ptr(),
@@ -233,7 +231,7 @@ def quantize_per_token(x, bits, symmetric, clip):
         x.numel() // k,
         k,
         bits,
-        symmetric,
+        grid,
         clip,
         codes.data_ptr(),
         scale.data_ptr(),

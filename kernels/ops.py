@@ -14,7 +14,7 @@ import torch
 
 from . import checks, gpu, npu, reference, shapes
 from .checks import BITS, SCALE_TYPES
-from .reference import packed_width
+from .reference import ASYMMETRIC, NARROW, SYMMETRIC, packed_width
 
 try:
     from . import cpu
@@ -26,8 +26,11 @@ except ImportError as error:  # installed where there was no compiler
     said(error)
 
 __all__ = [
+    "ASYMMETRIC",
     "BITS",
+    "NARROW",
     "SCALE_TYPES",
+    "SYMMETRIC",
     "available_isas",
     "clip_error",
     "dequantize",
@@ -126,16 +129,19 @@ def prepacked_linear(
 
 
 def quantize_per_token(
-    x: torch.Tensor, bits: int, symmetric: bool = True, clip: float = 1.0
+    x: torch.Tensor, bits: int, grid: int = SYMMETRIC, clip: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Every row of x [..., K] on a grid of its own: codes int8 [..., K] from -2^(bits-1) to 2^(bits-1) - 1, scale
-    float32 [..., 1], zero int32 [..., 1]; x ~ (codes - zero) * scale. As compressed-tensors' dynamic per-token grid.
+    float32 [..., 1], zero int32 [..., 1]; x ~ (codes - zero) * scale.
 
-    symmetric   zero 0, scale = clip * max|x| / ((2^bits - 1) / 2), and -max|x| gets the lowest code; else from
-                clip * min(x, 0) to clip * max(x, 0)
+    SYMMETRIC   zero 0, scale = clip * max|x| / ((2^bits - 1) / 2), and -max|x| gets the lowest code. This grid and the
+                asymmetric one are compressed-tensors'; as True and False they may be given, too
+    ASYMMETRIC  from clip * min(x, 0) to clip * max(x, 0)
+    NARROW      zero 0, scale = clip * max|x| / (2^(bits-1) - 1), without the lowest code: as vLLM's CUDA kernels and
+                npu_dynamic_quant round
     A row of zeros has scale 1; one that is not finite a scale that is not. ValueError for another dtype or width.
     """
-    return torch.ops.remanence.quantize_per_token(x, bits, symmetric, clip)
+    return torch.ops.remanence.quantize_per_token(x, bits, grid, clip)
 
 
 def integer_linear(
@@ -146,7 +152,7 @@ def integer_linear(
     bias: torch.Tensor | None = None,
     bits: int = 8,
     x_bits: int = 8,
-    symmetric: bool = True,
+    grid: int = SYMMETRIC,
     clip: float = 1.0,
     x_scale: torch.Tensor | None = None,
     x_zero: torch.Tensor | None = None,
@@ -157,14 +163,12 @@ def integer_linear(
     `dequantize`. Sums over a group are exact integers, the rest is float32. Gradients pass the rounding of x as if it
     were not there, and flow to the bias. ValueError where a shape or dtype does not fit.
     """
-    return torch.ops.remanence.integer_linear(
-        x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, symmetric, clip
-    )
+    return torch.ops.remanence.integer_linear(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, grid, clip)
 
 
 def _fixed(name: str, bits: int, x_bits: int) -> Callable[..., torch.Tensor]:
-    def linear(x, packed, scale, zero=None, bias=None, x_scale=None, x_zero=None, symmetric=True, clip=1.0):
-        return getattr(torch.ops.remanence, name)(x, packed, scale, zero, bias, x_scale, x_zero, symmetric, clip)
+    def linear(x, packed, scale, zero=None, bias=None, x_scale=None, x_zero=None, grid=SYMMETRIC, clip=1.0):
+        return getattr(torch.ops.remanence, name)(x, packed, scale, zero, bias, x_scale, x_zero, grid, clip)
 
     linear.__name__ = linear.__qualname__ = name
     linear.__doc__ = f"`integer_linear` with weights of {bits} bits and x rounded to {x_bits}."
@@ -187,13 +191,13 @@ def prepacked_integer_linear(
     scale_dtype: torch.dtype,
     zero: bool,
     x_bits: int = 8,
-    symmetric: bool = True,
+    grid: int = SYMMETRIC,
     clip: float = 1.0,
 ) -> torch.Tensor:
     """`integer_linear` with a weight from `prepack`."""
     scale_type = checks.scale_type(scale_dtype)
     return torch.ops.remanence.prepacked_integer_linear(
-        x, x_scale, x_zero, blocks, bias, n, groups, bits, scale_type, zero, x_bits, symmetric, clip
+        x, x_scale, x_zero, blocks, bias, n, groups, bits, scale_type, zero, x_bits, grid, clip
     )
 
 
@@ -271,11 +275,11 @@ _SCHEMAS = (
     "w4a16_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int bits) -> Tensor",
     "prepacked_linear(Tensor x, Tensor blocks, Tensor? bias, SymInt n, int groups, int bits, int scale_type, "
     "bool zero) -> Tensor",
-    "quantize_per_token(Tensor x, int bits, bool symmetric, float clip) -> (Tensor, Tensor, Tensor)",
+    "quantize_per_token(Tensor x, int bits, int grid, float clip) -> (Tensor, Tensor, Tensor)",
     "integer_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor packed, Tensor scale, Tensor? zero, "
-    "Tensor? bias, int bits, int x_bits, bool symmetric, float clip) -> Tensor",
+    "Tensor? bias, int bits, int x_bits, int grid, float clip) -> Tensor",
     "prepacked_integer_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor blocks, Tensor? bias, SymInt n, "
-    "int groups, int bits, int scale_type, bool zero, int x_bits, bool symmetric, float clip) -> Tensor",
+    "int groups, int bits, int scale_type, bool zero, int x_bits, int grid, float clip) -> Tensor",
     "sparse24_linear(Tensor x, Tensor compressed, Tensor bitmask, Tensor? bias) -> Tensor",
     "hadamard(Tensor x) -> Tensor",
     "gptq_block(Tensor running, Tensor upper, Tensor scale, Tensor? zero, Tensor group, Tensor? kept, Tensor? push, "
@@ -284,7 +288,7 @@ _SCHEMAS = (
 )
 _FIXED_ARGUMENTS = (
     "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, Tensor? x_scale, Tensor? x_zero, "
-    "bool symmetric, float clip) -> Tensor"
+    "int grid, float clip) -> Tensor"
 )
 _DEFAULTS: dict[str, Callable] = {
     "pack": _pack,
@@ -328,8 +332,8 @@ def _define_fixed(name: str, bits: int, x_bits: int) -> None:
     """`integer_linear` at given widths, under the name by which they are known."""
 
     def general(implementation: Callable) -> Callable:
-        def fixed(x, packed, scale, zero, bias, x_scale, x_zero, symmetric, clip):
-            return implementation(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, symmetric, clip)
+        def fixed(x, packed, scale, zero, bias, x_scale, x_zero, grid, clip):
+            return implementation(x, x_scale, x_zero, packed, scale, zero, bias, bits, x_bits, grid, clip)
 
         return fixed
 

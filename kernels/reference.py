@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 64  # rows of a block, kBlockRows in csrc/blocks.h
+ASYMMETRIC, SYMMETRIC, NARROW = 0, 1, 2  # a row's grid in `quantize_per_token`, GridKind in csrc/isa.h
 
 
 def packed_width(k: int, bits: int) -> int:
@@ -145,12 +146,12 @@ def prepacked_integer_linear(
     scale_type: int,
     zero: bool,
     x_bits: int,
-    symmetric: bool,
+    grid: int,
     clip: float,
 ) -> torch.Tensor:
     """As `integer_linear`, of the run-time layout."""
     weight = _stored(blocks, n, x.shape[-1], groups, bits, scale_type, zero)
-    return integer_linear(x, x_scale, x_zero, *weight, bias, bits, x_bits, symmetric, clip)
+    return integer_linear(x, x_scale, x_zero, *weight, bias, bits, x_bits, grid, clip)
 
 
 def _stored(
@@ -199,22 +200,24 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_per_token(
-    x: torch.Tensor, bits: int, symmetric: bool, clip: float
+    x: torch.Tensor, bits: int, grid: int, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [..., K] -> codes int8 [..., K], scale float32 [..., 1], zero int32 [..., 1]; x ~ (codes - zero) * scale."""
     low = clip * x.float().amin(-1, keepdim=True).clamp(max=0)
     high = clip * x.float().amax(-1, keepdim=True).clamp(min=0)
-    steps = 2**bits - 1
-    scale = torch.maximum(-low, high) / (steps / 2) if symmetric else (high - low) / steps
+    most = 2 ** (bits - 1) - 1
+    least = -most if grid == NARROW else -most - 1
+    steps = most - least
+    scale = (high - low) / steps if grid == ASYMMETRIC else torch.maximum(-low, high) / (steps / 2)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero = torch.zeros_like(scale) if symmetric else -(2.0 ** (bits - 1)) - low / scale
+    zero = least - low / scale if grid == ASYMMETRIC else torch.zeros_like(scale)
     zero = zero.round().nan_to_num(0).to(torch.int32)
-    codes = quantize_with(x, scale, zero, bits)
-    if symmetric:
+    codes = quantize_with(x, scale, zero, bits).clamp(min=least)
+    if grid == SYMMETRIC:
         # The largest of a row lies in the middle between two codes. Where both are there, as it is negative, the last
         # bit of the scale would decide, and with it in which company the row was computed.
-        most = x.float().abs().amax(-1, keepdim=True)
-        codes = codes.masked_fill((x.float() == -most) & (most > 0), -(2 ** (bits - 1)))
+        largest = x.float().abs().amax(-1, keepdim=True)
+        codes = codes.masked_fill((x.float() == -largest) & (largest > 0), least)
     return codes, scale, zero
 
 
@@ -234,12 +237,12 @@ def integer_linear(
     bias: torch.Tensor | None,
     bits: int,
     x_bits: int,
-    symmetric: bool,
+    grid: int,
     clip: float,
 ) -> torch.Tensor:
     """x [..., K] rounded to integers, times the codes of w, in exact integers -> y [..., N] in x's dtype."""
     if x_scale is None:
-        codes, x_scale, x_zero = quantize_per_token(x, x_bits, symmetric, clip)
+        codes, x_scale, x_zero = quantize_per_token(x, x_bits, grid, clip)
     else:
         assert x_zero is not None
         codes = quantize_with(x, x_scale, x_zero, x_bits)

@@ -12,13 +12,14 @@ With static activations:
   input_scale [1] float32, input_zero_point [1] int8 (asymmetric only)
 And, ours alone, so that it goes with files that stock readers do not find:
   input_clip  [1] float32, the share of a token's range that its grid covers, where that is not all
+  in the config, "symmetric": "narrow" of input_activations, where a token's grid is (spec.ActivationSpec)
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def layers_in(names: Iterable[str]) -> list[str]:
 def scheme_of(layer: QuantLinear) -> Scheme:
     """Of a packed layer; the clip of its activations is a tensor of its own."""
     a = layer.activation
-    return Scheme(layer.spec, None if a is None else ActivationSpec(a.bits, a.symmetric, a.dynamic))
+    return Scheme(layer.spec, None if a is None else replace(a, clip=1.0, search=False, fallback=None))
 
 
 def pack_state(name: str, layer: QuantLinear) -> dict[str, Tensor]:
@@ -141,9 +142,7 @@ def unpack_layer(name: str, state: dict[str, Tensor], scheme: Scheme) -> QuantLi
     static = None
     if activation is not None:
         if "input_clip" in found:
-            activation = ActivationSpec(
-                activation.bits, activation.symmetric, activation.dynamic, clip=float(found["input_clip"])
-            )
+            activation = replace(activation, clip=float(found["input_clip"]))
         if not activation.dynamic:
             shift = found.get("input_zero_point", torch.zeros(1, device=packed.device))
             static = (found["input_scale"].float(), shift.to(torch.int32))
@@ -187,7 +186,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         else {
             "num_bits": a.bits,
             "type": "int",
-            "symmetric": a.symmetric,
+            # A value of this field, not a field of its own, which readers who do not know it would pass over.
+            "symmetric": "narrow" if a.narrow else a.symmetric,
             "strategy": "token" if a.dynamic else "tensor",
             "dynamic": a.dynamic,
         },
@@ -276,7 +276,8 @@ def _activation(given: object) -> ActivationSpec | None:
         raise ValueError("quantization_config.input_activations: expected an object")
     _demand("input_activations.type", given.get("type"), "int")
     _demand("input_activations.num_bits", given.get("num_bits"), *ACTIVATION_BITS)
-    _demand("input_activations.symmetric", given.get("symmetric"), True, False)
+    _demand("input_activations.symmetric", given.get("symmetric"), True, False, "narrow")
     _demand("input_activations.dynamic", given.get("dynamic"), True, False)
     _demand("input_activations.strategy", given.get("strategy"), "token" if given["dynamic"] else "tensor")
-    return ActivationSpec(given["num_bits"], given["symmetric"], given["dynamic"])
+    narrow = given["symmetric"] == "narrow"
+    return ActivationSpec(given["num_bits"], bool(given["symmetric"]), given["dynamic"], narrow=narrow)

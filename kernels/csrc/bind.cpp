@@ -76,23 +76,23 @@ void linear(uintptr_t x, int type, uintptr_t blocks, uintptr_t packed, uintptr_t
     remanence::linear(linear_at(x, type, blocks, weight, bias, bias_type, y, m, threads));
 }
 
-remanence::Grid grid_at(int bits, bool symmetric, float clip, uintptr_t scale, uintptr_t zero) {
-    return {bits, symmetric, clip, at<const float>(scale), at<const int32_t>(zero)};
+remanence::Grid grid_at(int bits, int kind, float clip, uintptr_t scale, uintptr_t zero) {
+    return {bits, remanence::GridKind(kind), clip, at<const float>(scale), at<const int32_t>(zero)};
 }
 
 void integer_linear(uintptr_t x, int type, uintptr_t blocks, uintptr_t packed, uintptr_t scale, int scale_type,
                     uintptr_t zero, uintptr_t bias, int bias_type, uintptr_t y, int64_t m, int64_t n, int64_t k,
-                    int64_t groups, int bits, int x_bits, bool symmetric, float clip, uintptr_t x_scale,
+                    int64_t groups, int bits, int x_bits, int grid, float clip, uintptr_t x_scale,
                     uintptr_t x_zero, int threads) {
     const remanence::Weight weight = weight_at(packed, scale, scale_type, zero, n, k, groups, bits);
     remanence::linear(linear_at(x, type, blocks, weight, bias, bias_type, y, m, threads),
-                      grid_at(x_bits, symmetric, clip, x_scale, x_zero));
+                      grid_at(x_bits, grid, clip, x_scale, x_zero));
 }
 
-void quantize_per_token(uintptr_t x, int type, int64_t m, int64_t k, int bits, bool symmetric, float clip,
+void quantize_per_token(uintptr_t x, int type, int64_t m, int64_t k, int bits, int grid, float clip,
                         uintptr_t codes, uintptr_t scale, uintptr_t zero, int threads) {
     remanence::quantize_per_token({at<const void>(x), remanence::ScaleType(type)}, m, k,
-                                  grid_at(bits, symmetric, clip, 0, 0), at<int8_t>(codes), at<float>(scale),
+                                  grid_at(bits, grid, clip, 0, 0), at<int8_t>(codes), at<float>(scale),
                                   at<int32_t>(zero), threads);
 }
 
@@ -166,9 +166,9 @@ NB_MODULE(_C, m) {
           "bias: 0 for none; types as scale_type.");
     m.def("integer_linear", &integer_linear, "x"_a, "type"_a, "blocks"_a, "packed"_a, "scale"_a, "scale_type"_a,
           "zero"_a, "bias"_a, "bias_type"_a, "y"_a, "m"_a, "n"_a, "k"_a, "groups"_a, "bits"_a, "x_bits"_a,
-          "symmetric"_a, "clip"_a, "x_scale"_a, "x_zero"_a, "threads"_a, release,
+          "grid"_a, "clip"_a, "x_scale"_a, "x_zero"_a, "threads"_a, release,
           "As linear; x_scale and x_zero: 0 for a grid of each row's own.");
-    m.def("quantize_per_token", &quantize_per_token, "x"_a, "type"_a, "m"_a, "k"_a, "bits"_a, "symmetric"_a, "clip"_a,
+    m.def("quantize_per_token", &quantize_per_token, "x"_a, "type"_a, "m"_a, "k"_a, "bits"_a, "grid"_a, "clip"_a,
           "codes"_a, "scale"_a, "zero"_a, "threads"_a, release);
     m.def("hadamard", &hadamard, "x"_a, "type"_a, "y"_a, "m"_a, "n"_a, "threads"_a, release);
     m.def("large_pages", &large_pages, "memory"_a, "bytes"_a, "Before it is written: a wish that may not be granted.");

@@ -28,10 +28,12 @@ constexpr int kPanelRows = 6;
 constexpr int kPeakVectors = 12;
 constexpr int64_t kAlways = int64_t(1) << 62;
 
+enum class GridKind { asymmetric, symmetric, narrow };    // as in kernels/reference.py
+
 // A grid for the rows of x: from the row itself, or (scale not null) the one given.
 struct Grid {
     int bits;
-    bool symmetric;
+    GridKind kind;    // of the row's own
     float clip;
     const float* scale;
     const int32_t* zero;

@@ -283,7 +283,7 @@ void linear(const Linear& call) {
 }
 
 void linear(const Linear& call, const Grid& grid) {
-    in_chunks<AsInteger>(call, &grid, grid.scale ? *grid.zero != 0 : !grid.symmetric);
+    in_chunks<AsInteger>(call, &grid, grid.scale ? *grid.zero != 0 : grid.kind == GridKind::asymmetric);
 }
 
 void quantize_per_token(const Matrix& x, int64_t m, int64_t k, const Grid& grid, int8_t* codes, float* scale,

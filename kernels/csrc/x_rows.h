@@ -103,24 +103,27 @@ inline float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
 void quantize_row(const float* x, int64_t k, const Grid& grid, int8_t* codes, float* scale_out, int32_t* zero_out) {
     const float nan = __builtin_nanf("");
-    const float least = -float(1 << (grid.bits - 1)), most = -least - 1;
+    const bool narrow = !grid.scale && grid.kind == GridKind::narrow;
+    const float most = float(1 << (grid.bits - 1)) - 1, least = narrow ? -most : -most - 1;
     const Range range = range_of(x, k);
     float scale, zero = 0;
     if (grid.scale) {
         scale = *grid.scale;
         zero = float(*grid.zero);
     } else {
-        const float low = grid.clip * range.low, high = grid.clip * range.high, steps = 2 * most + 1;
-        scale = grid.symmetric ? (-low > high ? -low : high) / (steps / 2) : (high - low) / steps;
+        const float low = grid.clip * range.low, high = grid.clip * range.high, steps = most - least;
+        scale = grid.kind != GridKind::asymmetric ? (-low > high ? -low : high) / (steps / 2) : (high - low) / steps;
         scale = !range.number ? nan : scale == 0 ? 1 : scale;
-        if (!grid.symmetric) {
+        if (grid.kind == GridKind::asymmetric) {
             const float exact = least - low / scale;
             zero = exact != exact ? 0 : nearest(exact);
         }
     }
-    // The largest of a row lies in the middle between two codes: as a negative number it has the lowest, always.
+    // The largest of a row lies in the middle between two codes (of a narrow grid, on one): as a negative number it has
+    // the lowest, always.
     const float magnitude = -range.low > range.high ? -range.low : range.high;
-    const float lowest = !grid.scale && grid.symmetric && magnitude > 0 && range.number ? -magnitude : nan;
+    const bool ruled = !grid.scale && grid.kind == GridKind::symmetric && magnitude > 0 && range.number;
+    const float lowest = ruled ? -magnitude : nan;
     int64_t i = 0;
     if (range.finite && scale * 0 == 0) {
         const F s = Vec::spread(scale), z = Vec::spread(zero), under = Vec::spread(least), over = Vec::spread(most);

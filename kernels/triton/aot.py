@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..checks import GRIDS
 from . import launch, products
 from .configs import Config, Machine, Task, default
 
@@ -82,11 +83,9 @@ def cases(target: str, groups: tuple[int, ...] = (128, 32, 4096), k: int = 4096)
     )
     constants = {"GROUP": 128, "ROW_STEP": 1, "STEPS": 32, "BLOCK_K": 128}
     yield Case({"kernel": "step_sums"}, products.step_sums_kernel, constants, 4, 1)
-    for symmetric in (True, False):
-        constants = launch.quantize_constants(k, 8, symmetric)
-        yield Case(
-            {"kernel": "quantize", "shifted": not symmetric}, launch.quantize_kernel, constants, 4, 1, fused=False
-        )
+    for number, grid in GRIDS.items():
+        constants = launch.quantize_constants(k, 8, number)
+        yield Case({"kernel": "quantize", "grid": grid}, launch.quantize_kernel, constants, 4, 1, fused=False)
     yield Case({"kernel": "quantize_with"}, launch.quantize_with_kernel, {"BITS": 8, "BLOCK": 4096}, 4, 1, fused=False)
     for n in (64, 4096, min(32768, on.shared_bytes // 4)):
         constants, warps = launch.hadamard_constants(n)

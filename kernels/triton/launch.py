@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import triton
 
+from ..reference import ASYMMETRIC
 from . import products
 from .configs import machine
 from .dequantize import dequantize_kernel
@@ -75,7 +76,7 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | N
 
 
 def quantize_per_token(
-    x: torch.Tensor, bits: int, symmetric: bool, clip: float
+    x: torch.Tensor, bits: int, grid: int, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [..., K] -> codes int8 [..., K], scale float32 [..., 1], zero int32 [..., 1]."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -83,7 +84,7 @@ def quantize_per_token(
     zero = torch.empty((*x.shape[:-1], 1), dtype=torch.int32, device=x.device)
     if codes.numel():
         rows, k = _rows(x), x.shape[-1]
-        constants = quantize_constants(k, bits, symmetric)
+        constants = quantize_constants(k, bits, grid)
         with _on(x.device):
             quantize_kernel[(len(rows),)](
                 rows, codes, scale, zero, k, rows.stride(0), clip, **constants, num_warps=4, enable_fp_fusion=False
@@ -101,7 +102,7 @@ def integer_linear(
     bias: torch.Tensor | None,
     bits: int,
     x_bits: int,
-    symmetric: bool,
+    grid: int,
     clip: float,
 ) -> torch.Tensor:
     """x [..., K] rounded to integers of x_bits bits, @ w.T + bias [N] -> y [..., N] in x's dtype.
@@ -112,13 +113,13 @@ def integer_linear(
     if not y.numel():
         return y
     if x_scale is None or x_zero is None:
-        codes, x_scale, x_zero = quantize_per_token(x, x_bits, symmetric, clip)
-        grid = Codes(codes.reshape(-1, x.shape[-1]), x_scale, x_zero, by_row=True, shifted=not symmetric)
+        codes, x_scale, x_zero = quantize_per_token(x, x_bits, grid, clip)
+        a = Codes(codes.reshape(-1, x.shape[-1]), x_scale, x_zero, by_row=True, shifted=grid == ASYMMETRIC)
     else:
-        grid = Codes(_quantize_with(x, x_scale, x_zero, x_bits), x_scale, x_zero, by_row=False, shifted=True)
+        a = Codes(_quantize_with(x, x_scale, x_zero, x_bits), x_scale, x_zero, by_row=False, shifted=True)
     with _on(x.device):
-        products.integer(grid, _weight(packed, scale, zero, bias, bits), y)
-    if not grid.by_row:  # else the row's own scale is no number
+        products.integer(a, _weight(packed, scale, zero, bias, bits), y)
+    if not a.by_row:  # else the row's own scale is no number
         y.masked_fill_(x.isnan().any(-1, keepdim=True), torch.nan)
     return y
 
@@ -139,8 +140,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def quantize_constants(k: int, bits: int, symmetric: bool) -> dict[str, Any]:
-    return {"BITS": bits, "SYMMETRIC": symmetric, "BLOCK": min(triton.next_power_of_2(k), 4096)}
+def quantize_constants(k: int, bits: int, grid: int) -> dict[str, Any]:
+    return {"BITS": bits, "GRID": int(grid), "BLOCK": min(triton.next_power_of_2(k), 4096)}
 
 
 def hadamard_constants(n: int) -> tuple[dict[str, Any], int]:

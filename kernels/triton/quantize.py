@@ -7,6 +7,10 @@ go to even. Shapes: x [M, K] by its row stride; codes int8 [M, K]; scale float32
 import triton
 import triton.language as tl
 
+from .. import reference
+
+ASYMMETRIC, SYMMETRIC, NARROW = map(tl.constexpr, (reference.ASYMMETRIC, reference.SYMMETRIC, reference.NARROW))
+
 
 @triton.jit
 def quantize_kernel(
@@ -18,7 +22,7 @@ def quantize_kernel(
     stride_x,
     clip,
     BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    GRID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row: its least and largest, then its codes; the second reading comes from the cache."""
@@ -35,8 +39,10 @@ def quantize_kernel(
     # minimum and maximum pass over a NaN; the reference does not.
     missing = tl.where(tl.max(nan, 0) > 0, float("nan"), 0.0)
     least, largest = tl.min(low, 0) + missing, tl.max(high, 0) + missing
-    steps: tl.constexpr = 2**BITS - 1
-    if SYMMETRIC:
+    top: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    bottom: tl.constexpr = -top if GRID == NARROW else -top - 1
+    steps: tl.constexpr = top - bottom
+    if GRID != ASYMMETRIC:
         most = tl.where(missing == 0, tl.maximum(-least, largest), missing)
         scale = tl.div_rn(clip * most, tl.full((), steps / 2, tl.float32))
         lowest = tl.where(
@@ -46,16 +52,16 @@ def quantize_kernel(
         scale = tl.div_rn(clip * largest - clip * least, tl.full((), steps, tl.float32))
     scale = tl.where(scale == 0, 1.0, scale)
     zero = 0.0
-    if not SYMMETRIC:
-        zero = _round(-(2.0 ** (BITS - 1)) - tl.div_rn(clip * least, scale), BITS)
+    if GRID == ASYMMETRIC:
+        zero = _round(bottom - tl.div_rn(clip * least, scale), BITS)
     tl.store(scale_ptr + m, scale)
     tl.store(zero_ptr + m, tl.cast(zero, tl.int32))
     for start in tl.range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         x = tl.load(line + k, mask=k < K, other=0.0).to(tl.float32)
-        codes = _codes(x, scale, zero, BITS)
-        if SYMMETRIC:
-            codes = tl.where(x == lowest, -(2.0 ** (BITS - 1)), codes)
+        codes = tl.maximum(_codes(x, scale, zero, BITS), bottom)
+        if GRID == SYMMETRIC:
+            codes = tl.where(x == lowest, bottom, codes)
         tl.store(codes_ptr + m * K + k, codes.to(tl.int8), mask=k < K)
 
 

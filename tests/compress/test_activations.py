@@ -29,6 +29,8 @@ RECIPES = [
     "smoothquant-w4a4+a_symmetric=false+a_dynamic=false",
     "gptq-w4a4-g32+a_search=true",
     "gptq-w4a4+a_fallback=0.02",
+    "rtn-w8a8+a_narrow=true",
+    "gptq-w4a4-g32+a_search=true+a_fallback=0.02+a_narrow=true",
 ]
 
 
@@ -67,7 +69,8 @@ def test_written_and_read_by_every_way_is_the_same(name, arch, dense, memorized,
     for directory in ("memory", "stream"):
         assert torch.equal(logits(load_model(tmp_path / directory)), expected)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / directory)), expected)
-    assert made["stock_readable"] == (recipe.activation.clip == 1 and not recipe.activation.search)
+    a = recipe.activation
+    assert made["stock_readable"] == (a.clip == 1 and not a.search and not a.narrow)
     assert {layer["input_bits"] for layer in made["layers"]} <= {recipe.activation.bits, 8}
 
 
@@ -94,7 +97,7 @@ def test_stock_readers_run_every_layer_as_we_do(name, arch, dense, memorized, tm
         assert off.max() < 0.05
 
 
-@pytest.mark.parametrize("name", ["rtn-w8a8", "rtn-w4a4", "gptq-w4a4+r_kind=hadamard"])
+@pytest.mark.parametrize("name", ["rtn-w8a8", "rtn-w4a4", "rtn-w8a8+a_narrow=true", "gptq-w4a4+r_kind=hadamard"])
 def test_results_depend_neither_on_the_batch_nor_on_padding(name, dense):
     recipe = parse_recipe(name)
     model = compress_(dense("llama"), recipe, BATCHES if recipe.calibrated else ())
@@ -135,10 +138,29 @@ def test_a_mixed_file_names_its_layers(dense, memorized, tmp_path):
         assert off.median() < 1e-6
 
 
+def test_a_narrow_file_is_run_as_its_grid_says(dense, memorized, tmp_path):
+    """Layers by the definition in float64, those that fell back to 8 bits too; other readers stop."""
+    recipe = parse_recipe("gptq-w4a4+a_fallback=0.02+a_narrow=true")
+    save_model(dense("llama"), memorized.tokenizer, tmp_path / "dense")
+    compress_to(tmp_path / "dense", recipe, tmp_path / "out", BATCHES)
+    assert all(path.name.startswith("remanence") for path in (tmp_path / "out").glob("*.safetensors"))
+    layers = packed(load_model(tmp_path / "out"))
+    assert {layer.activation.bits for layer in layers.values()} == {4, 8}
+    for name, layer in layers.items():
+        top = 2 ** (layer.activation.bits - 1) - 1
+        x = torch.randn(2, 5, layer.in_features)
+        step = x.double().abs().amax(-1, keepdim=True) / top
+        y = layer(x)
+        off = (y - (x / step).round() * step @ layer.dequantized().double().T).abs() / y.abs().max()
+        assert off.median() < 1e-6, name
+    with pytest.raises(ValueError, match="symmetric"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=CompressedTensorsConfig())
+
+
 def test_a_killed_run_writes_the_same_schemes(dense, memorized, tmp_path):
     from remanence.compress.stream import Job, compress_streamed
 
-    recipe = parse_recipe("gptq-w4a4+a_fallback=0.02")
+    recipe = parse_recipe("gptq-w4a4+a_fallback=0.02+a_narrow=true")
     save_model(dense("llama"), memorized.tokenizer, tmp_path / "dense")
     compress_to(tmp_path / "dense", recipe, tmp_path / "whole", BATCHES)
 

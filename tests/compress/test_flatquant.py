@@ -210,23 +210,25 @@ def through(x, new):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gradients_of_rounded_rows(bits):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gradients_of_rounded_rows(bits, narrow):
     g = torch.Generator().manual_seed(1)
     x, flow = torch.randn(6, 40, generator=g), torch.randn(6, 40, generator=g)
     x[3] = 0
     share = torch.tensor(0.7, requires_grad=True)
     leaf = x.clone().requires_grad_()
-    found = round_rows(leaf, ActivationSpec(bits), share)
-    assert torch.equal(found, fake_quantize(x, ActivationSpec(bits, clip=share.item())))
+    found = round_rows(leaf, ActivationSpec(bits, narrow=narrow), share)
+    assert torch.equal(found, fake_quantize(x, ActivationSpec(bits, clip=share.item(), narrow=narrow)))
     found.backward(flow)
     # From the formula, in float64: only round() passes its gradient unchanged.
     other, part = x.double().requires_grad_(), share.detach().double().requires_grad_()
-    half = 2 ** (bits - 1)
-    scale = part * other.abs().amax(-1, keepdim=True) / (half - 0.5)
+    most = 2 ** (bits - 1) - 1
+    least = -most if narrow else -most - 1
+    scale = part * other.abs().amax(-1, keepdim=True) / ((most - least) / 2)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     t = other / scale
-    expected = through(t, t.round()).clamp(-half, half - 1) * scale
-    cut = (t.round() > half - 1) | (t.round() < -half)
+    expected = through(t, t.round()).clamp(least, most) * scale
+    cut = (t.round() > most) | (t.round() < least)
     assert 0 < float(cut.float().mean()) < 0.5
     torch.testing.assert_close(found.detach().double(), expected.detach(), rtol=1e-6, atol=1e-7)
     expected.backward(flow.double())
@@ -236,9 +238,9 @@ def test_gradients_of_rounded_rows(bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-def test_rounded_rows_are_those_of_the_layer(bits, symmetric):
-    spec = ActivationSpec(bits, symmetric=symmetric)
+@pytest.mark.parametrize("grid", [{}, {"symmetric": False}, {"narrow": True}], ids=["sym", "asym", "narrow"])
+def test_rounded_rows_are_those_of_the_layer(bits, grid):
+    spec = ActivationSpec(bits, **grid)
     g = torch.Generator().manual_seed(2)
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((1, 1), (5, 63), (2, 3, 65)):

@@ -151,8 +151,9 @@ def test_saved_again_without_a_recipe_it_keeps_its_own(saved, tokenizer, tmp_pat
     assert torch.equal(logits(load_model(tmp_path / "again")), logits(load_model(directory)))
 
 
-def test_clipped_activations_are_not_saved_for_others(untrained, tmp_path):
-    model = quantize_(untrained("llama"), parse_recipe("rtn-w8a8+a_clip=0.9"))
+@pytest.mark.parametrize("knob", ["a_clip=0.9", "a_narrow=true"])
+def test_activations_of_our_own_are_not_saved_for_others(knob, untrained, tmp_path):
+    model = quantize_(untrained("llama"), parse_recipe(f"rtn-w8a8+{knob}"))
     with pytest.raises(ValueError, match=r"others would read its layers and run them otherwise; .*save_model"):
         model.save_pretrained(tmp_path / "again")
 

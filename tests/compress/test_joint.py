@@ -184,10 +184,11 @@ def test_a_layer_that_is_given_a_bias(asked_first):
         assert torch.equal(got, expected)
 
 
-def test_a_layer_that_is_given_another_activation():
+@pytest.mark.parametrize("other", [ActivationSpec(bits=4), ActivationSpec(bits=8, narrow=True)], ids=str)
+def test_a_layer_that_is_given_another_activation(other):
     module, x = Attention("w8a8"), row()
     before = module(x)
-    module.k_proj.activation = ActivationSpec(bits=4)
+    module.k_proj.activation = other
     after = module(x)
     assert torch.equal(after[0], before[0])
     assert not torch.equal(after[1], before[1])

@@ -24,6 +24,7 @@ NAMES = [
     "rtn-w4a16+ignore=lm_head|re:.*gate",
     "rtn-w8a8",
     "gptq-w4a4-g64+a_symmetric=false+a_search=true+a_fallback=0.1",
+    "rtn-w8a8+a_clip=0.9+a_narrow=true",
 ]
 
 

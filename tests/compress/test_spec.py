@@ -15,6 +15,7 @@ from remanence.compress.spec import (
     Rotation,
     parse_calibration,
 )
+from remanence.kernels import ops
 
 G64, ASYM = QuantSpec(4, 64), QuantSpec(4, 64, symmetric=False)
 
@@ -49,6 +50,7 @@ G64, ASYM = QuantSpec(4, 64), QuantSpec(4, 64, symmetric=False)
         ("rtn-w4a16-g64+ignore=", Recipe("rtn", G64, ignore=())),
         ("rtn-w8a8", Recipe("rtn", QuantSpec(8), activation=ActivationSpec(8))),
         ("rtn-w4a8-g64", Recipe("rtn", G64, activation=ActivationSpec(8))),
+        ("rtn-w4a4+a_narrow=true", Recipe("rtn", QuantSpec(4), activation=ActivationSpec(4, narrow=True))),
         ("rtn-w4a4-g64-asym+a_clip=0.9", Recipe("rtn", ASYM, activation=ActivationSpec(4, clip=0.9))),
         (
             "gptq-w4a4-g64+damp=0.1+a_symmetric=false+a_search=true+a_fallback=0.1+ignore=lm_head|fc2@text:9",
@@ -126,6 +128,11 @@ def test_what_may_be_left_out():
     assert parse_recipe("rtn-w4-g64") == parse_recipe("rtn-w4a16-g64")
 
 
+def test_grids_have_the_numbers_of_the_ops():
+    specs = ActivationSpec(8, symmetric=False), ActivationSpec(8), ActivationSpec(8, narrow=True)
+    assert [spec.grid for spec in specs] == [ops.ASYMMETRIC, ops.SYMMETRIC, ops.NARROW]
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "bnb"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
@@ -151,7 +158,12 @@ def test_every_method_has_a_grid_that_goes_with_the_format(method, symmetric):
         ("gptq-w4a4+a_fallback=0", "a_fallback: 0.0 is not a number above 0"),
         ("gptq-w4a4+a_search=true+a_clip=0.9", "a_clip: 0.9 is given, and a_search would find another"),
         ("gptq-w4a4+a_search=1", "a_search: 1 is not bool"),
-        ("gptq-w4a4+a_rotate=1", "a_rotate: unknown; known are bits, symmetric, dynamic, clip, search, fallback"),
+        (
+            "gptq-w4a4+a_rotate=1",
+            "a_rotate: unknown; known are bits, symmetric, dynamic, clip, search, fallback, narrow",
+        ),
+        ("rtn-w8a8+a_symmetric=false+a_narrow=true", "a_narrow: goes with a symmetric grid per token"),
+        ("gptq-w8a8+a_dynamic=false+a_narrow=true", "a_narrow: goes with a symmetric grid per token"),
         ("gptq-w4a16+a_clip=0.9", "a_clip: gptq-w4a16 does not round activations; w8a8 or w4a4 does"),
         ("magnitude-s50+a_clip=0.9", "a_clip: magnitude-s50 does not round activations"),
         ("", "known forms"),

@@ -67,13 +67,13 @@ def test_every_number_of_rows(n, k, groups, asymmetric, dtype, bits):
 
 @pytest.mark.parametrize("bits", ops.BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("x_bits", "symmetric", "asymmetric"), [(8, True, True), (4, False, False)])
-def test_every_number_of_rows_in_integers(x_bits, symmetric, asymmetric, dtype, bits):
+@pytest.mark.parametrize(("x_bits", "grid", "asymmetric"), [(8, True, True), (4, False, False), (4, ops.NARROW, True)])
+def test_every_number_of_rows_in_integers(x_bits, grid, asymmetric, dtype, bits):
     _, stored, w = weight(65, 129, bits, 3, torch.float16, asymmetric)
     for m in ROWS:
         x = rows(m, 129, dtype)
-        codes, scale, zero = reference.quantize_per_token(x, x_bits, symmetric, 0.9)
-        y = ops.integer_linear(x, *stored, None, bits, x_bits, symmetric, 0.9)
+        codes, scale, zero = reference.quantize_per_token(x, x_bits, grid, 0.9)
+        y = ops.integer_linear(x, *stored, None, bits, x_bits, grid, 0.9)
         assert y.shape == (m, 65)
         assert_close(y, ((codes - zero).double() * scale.double()) @ w.T, dtype)
 
@@ -258,8 +258,8 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("special", SPECIAL)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_rounded_rows_have_the_bits_of_the_reference(special, symmetric):
+@pytest.mark.parametrize("grid", [True, False, ops.NARROW])
+def test_rounded_rows_have_the_bits_of_the_reference(special, grid):
     for bits in (2, 3, 4, 5, 8):
         for k in (1, 15, 65, 128):
             for dtype in DTYPES if k == 65 else DTYPES[:1]:
@@ -267,8 +267,8 @@ def test_rounded_rows_have_the_bits_of_the_reference(special, symmetric):
                 x[:, 3] = 2.0**bits / 2 - 0.5  # scale 1 where it is the largest
                 x = SPECIAL[special](x)[:, :k].to(dtype)
                 for clip in (1.0, 0.7):
-                    found = ops.quantize_per_token(x, bits, symmetric, clip)
-                    for a, b in zip(found, reference.quantize_per_token(x, bits, symmetric, clip), strict=True):
+                    found = ops.quantize_per_token(x, bits, grid, clip)
+                    for a, b in zip(found, reference.quantize_per_token(x, bits, grid, clip), strict=True):
                         assert a.dtype == b.dtype
                         assert torch.equal(a, b) or (a.is_floating_point() and a.isnan().equal(b.isnan()))
                         assert torch.equal(a.nan_to_num(-7), b.nan_to_num(-7))
@@ -360,7 +360,7 @@ def calls():
             f"{name}, bfloat16": lambda x=some: ops.w4a16_linear(x.bfloat16(), packed, scale, zero),
             f"{name}, 8 bits": lambda x=some: ops.w4a16_linear(x.bfloat16(), packed8, scale8, bits=8),
             f"{name}, prepacked_linear": lambda x=some: ops.prepacked_linear(x, blocks, None, *form),
-            f"{name}, w8a8_linear": lambda x=some: ops.w8a8_linear(x, packed8, scale8, symmetric=False),
+            f"{name}, w8a8_linear": lambda x=some: ops.w8a8_linear(x, packed8, scale8, grid=ops.ASYMMETRIC),
             f"{name}, w4a4_linear": lambda x=some: ops.w4a4_linear(x, packed, scale, zero),
             f"{name}, prepacked_integer_linear": lambda x=some: ops.prepacked_integer_linear(
                 x, None, None, blocks, None, *form

@@ -127,9 +127,9 @@ def test_products_have_the_bits_of_the_stored_layout(n, k, groups, asymmetric, d
             x = rows(m, k, dtype=dtype)
             y = ops.prepacked_linear(x, blocks, bias, *form)
             assert same(y, ops.w4a16_linear(x, *stored, bias, bits))
-            for x_bits, symmetric in ((8, True), (4, False)):
-                y = ops.prepacked_integer_linear(x, None, None, blocks, bias, *form, x_bits, symmetric, 0.9)
-                assert same(y, ops.integer_linear(x, *stored, bias, bits, x_bits, symmetric, 0.9))
+            for x_bits, rounding in ((8, True), (4, False), (4, ops.NARROW)):
+                y = ops.prepacked_integer_linear(x, None, None, blocks, bias, *form, x_bits, rounding, 0.9)
+                assert same(y, ops.integer_linear(x, *stored, bias, bits, x_bits, rounding, 0.9))
             grid = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32)
             y = ops.prepacked_integer_linear(x, *grid, blocks, None, *form)
             assert same(y, ops.integer_linear(x, *stored, None, bits, x_scale=grid[0], x_zero=grid[1]))
@@ -139,8 +139,9 @@ def test_widths_fixed_in_the_name_are_those():
     x = rows(7, 96)
     for name, bits, x_bits in (("w8a8_linear", 8, 8), ("w4a8_linear", 4, 8), ("w4a4_linear", 4, 4)):
         stored = weight(65, 96, bits, 3, torch.float32, True)
-        y = getattr(ops, name)(x, *stored, symmetric=False, clip=0.8)
-        assert same(y, ops.integer_linear(x, *stored, None, bits, x_bits, False, 0.8))
+        for grid in (ops.ASYMMETRIC, ops.NARROW):
+            y = getattr(ops, name)(x, *stored, grid=grid, clip=0.8)
+            assert same(y, ops.integer_linear(x, *stored, None, bits, x_bits, grid, 0.8))
 
 
 def test_products_take_strided_x_and_slices_of_blocks():
@@ -221,8 +222,9 @@ def op_samples():
         ("prepacked_linear", x, blocks, bias, *form),
         ("prepacked_linear", learned[0], plain_blocks, learned[1], *plain_form),
         ("quantize_per_token", x, 8, False, 0.9),
+        ("quantize_per_token", x, 4, ops.NARROW, 0.9),
         ("integer_linear", x, *grid, *stored, bias, 3, 8, False, 1.0),
-        ("prepacked_integer_linear", x.bfloat16(), None, None, blocks, None, *form, 4, True, 1.0),
+        ("prepacked_integer_linear", x.bfloat16(), None, None, blocks, None, *form, 4, ops.NARROW, 1.0),
         ("prepacked_integer_linear", learned[0], *grid, plain_blocks, learned[1], *plain_form, 8, False, 0.9),
         ("sparse24_linear", x, rows(5, 24), kept, bias),
         ("sparse24_linear", learned[0], rows(5, 24, dtype=torch.bfloat16), kept, learned[1]),
@@ -276,8 +278,8 @@ def linear(x=X, blocks=B, bias=None, n=4, groups=2, bits=4, scale_type=0, zero=F
     return torch.ops.remanence.prepacked_linear(x, blocks, bias, n, groups, bits, scale_type, zero)
 
 
-def integer(x_scale=None, x_zero=None, x_bits=8, clip=1.0, blocks=B, x=X):
-    form = (4, 2, 4, 0, False, x_bits, True, clip)
+def integer(x_scale=None, x_zero=None, x_bits=8, grid=1, clip=1.0, blocks=B, x=X):
+    form = (4, 2, 4, 0, False, x_bits, grid, clip)
     return torch.ops.remanence.prepacked_integer_linear(x, x_scale, x_zero, blocks, None, *form)
 
 
@@ -306,6 +308,7 @@ MISTAKES = [
     (lambda: linear(X.to("meta"), B[1:].to("meta")), r"blocks: shape \[2559\]"),
     (lambda: integer(blocks=B[1:]), r"blocks: shape \[2559\] is not \[2560\]"),
     (lambda: integer(x_bits=9), r"bits: 9, expected 2 to 8"),
+    (lambda: integer(grid=-1), r"grid: -1 is not one of 0 \(asymmetric\), 1 \(symmetric\), 2 \(narrow\)"),
     (lambda: integer(clip=0.0), r"clip: 0\.0, expected above 0"),
     (lambda: integer(torch.ones(1)), r"x_scale: goes with x_zero"),
     (lambda: integer(torch.ones(2), torch.zeros(1, dtype=torch.int32)), r"x_scale: shape \[2\] is not \[1\]"),
@@ -317,6 +320,7 @@ MISTAKES = [
     (lambda: ops.prepack(PACKED, SCALE[:3]), r"scale: shape \[3, 2\] is not \[4, 2\]"),
     (lambda: ops.prepack(PACKED, SCALE, SCALE), r"zero: torch.float32 is not torch.uint8"),
     (lambda: ops.w4a4_linear(X, PACKED, SCALE, clip=2.0), r"clip: 2\.0, expected above 0"),
+    (lambda: ops.w4a4_linear(X, PACKED, SCALE, grid=3), r"grid: 3 is not one of"),
     (lambda: ops.w8a8_linear(X, PACKED, SCALE), r"packed: shape \[4, 32\] is not \[4, 64\]"),
     (lambda: ops.hadamard(torch.ones(3, 48)), r"x: torch.float32 \[3, 48\], expected .* a power of two"),
     (lambda: ops.hadamard(torch.ones(4).int()), r"x: torch.int32 \[4\], expected"),

@@ -48,7 +48,7 @@ class Case:
     seed: int
     # Of x rounded to integers; x_bits None: it is not.
     x_bits: int | None
-    symmetric: bool
+    row_grid: int
     clip: float
     given: bool
 
@@ -91,7 +91,7 @@ class Case:
     def grid(self):
         if not self.given:
             return None, None
-        return torch.tensor([0.02]), torch.tensor([0 if self.symmetric else 2], dtype=torch.int32)
+        return torch.tensor([0.02]), torch.tensor([2 if self.row_grid == ops.ASYMMETRIC else 0], dtype=torch.int32)
 
 
 def cases(*, rounded):
@@ -115,7 +115,7 @@ def cases(*, rounded):
         special=st.sampled_from(SPECIAL),
         of_scale=st.sampled_from([1e-3, 1.0, 1e-30, 1e30]),
         seed=st.integers(0, 2**31 - 10),
-        symmetric=st.booleans(),
+        row_grid=st.sampled_from([ops.ASYMMETRIC, ops.SYMMETRIC, ops.NARROW]),
         clip=st.sampled_from([1.0, 0.9, 0.3]),
         **activation,
     )
@@ -130,7 +130,7 @@ def product(case, x, packed, scale, zero, bias):
         stored = ops.w4a16_linear(x, packed, scale, zero, bias, case.bits)
         laid = ops.prepacked_linear(x, *weight)
     else:
-        rounding = (case.x_bits, case.symmetric, case.clip)
+        rounding = (case.x_bits, case.row_grid, case.clip)
         grid = case.grid()
         stored = ops.integer_linear(x, packed, scale, zero, bias, case.bits, *rounding, *grid)
         laid = ops.prepacked_integer_linear(x, *grid, *weight, *rounding)
@@ -163,8 +163,8 @@ def check_integer(case):
     ops.set_isa(case.isa)
     packed, scale, zero, w = case.weight()
     x, bias = case.x(), case.bias()
-    codes, x_scale, x_zero = ops.quantize_per_token(x, case.x_bits, case.symmetric, case.clip)
-    expected = reference.quantize_per_token(x, case.x_bits, case.symmetric, case.clip)
+    codes, x_scale, x_zero = ops.quantize_per_token(x, case.x_bits, case.row_grid, case.clip)
+    expected = reference.quantize_per_token(x, case.x_bits, case.row_grid, case.clip)
     for found, other in zip((codes, x_scale, x_zero), expected, strict=True):
         assert torch.equal(found.nan_to_num(-7), other.nan_to_num(-7)), "rounding has no tolerance"
     if case.given:

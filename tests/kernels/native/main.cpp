@@ -179,7 +179,7 @@ void products(Layer& layer, int64_t m, int odd_row) {
     }
 }
 
-void integer_products(Layer& layer, int64_t m, int x_bits, bool symmetric, bool given) {
+void integer_products(Layer& layer, int64_t m, int x_bits, GridKind kind, bool given) {
     const Case& c = layer.c;
     Floats x(m * c.k, c.x_type);
     for (int64_t i = 0; i < m * c.k; ++i) x.set(i, 4 * uniform() - 1);
@@ -187,11 +187,11 @@ void integer_products(Layer& layer, int64_t m, int x_bits, bool symmetric, bool 
     Exact<int32_t> shift(1), zeros(m);
     Exact<int8_t> codes(m * c.k);
     step[0] = 0.03f;
-    shift[0] = symmetric ? 0 : -3;
-    const Grid own = {x_bits, symmetric, 0.9f, nullptr, nullptr};
-    const Grid grid = {x_bits, symmetric, 0.9f, given ? step.data() : nullptr, given ? shift.data() : nullptr};
+    shift[0] = kind == GridKind::asymmetric ? -3 : 0;
+    const Grid own = {x_bits, kind, 0.9f, nullptr, nullptr};
+    const Grid grid = {x_bits, kind, 0.9f, given ? step.data() : nullptr, given ? shift.data() : nullptr};
     quantize_per_token({x.data(), c.x_type}, m, c.k, given ? grid : own, codes.data(), scales.data(), zeros.data(), c.threads);
-    const double least = -(1 << (x_bits - 1)), most = -least - 1;
+    const double most = (1 << (x_bits - 1)) - 1, least = !given && kind == GridKind::narrow ? -most : -most - 1;
     std::vector<double> exact_x(m * c.k);
     for (int64_t i = 0; i < m * c.k; ++i) {
         const int64_t row = i / c.k;
@@ -349,16 +349,16 @@ int main() {
                     int kind = turn;
                     for (const int64_t m : {0, 1, 4, 5, 7, 13, 19}) {
                         ++kind;
-                        integer_products(layer, m, kind % 3 ? 8 : 4, kind % 2, kind % 4 == 0);
+                        integer_products(layer, m, kind % 3 ? 8 : 4, GridKind(kind % 5 % 3), kind % 4 == 0);
                     }
                 }
         where = isa + " more than a chunk";
         Layer tall({66, 66, 3, 4, true, ScaleType::bfloat16, ScaleType::bfloat16, 3});
         products(tall, 243, 241);
-        integer_products(tall, 243, 8, false, false);
+        integer_products(tall, 243, 8, GridKind::asymmetric, false);
         where = isa + " runs";    // a group of more than 32768 features
         Layer wide({2, 32768 + 35, 1, 8, true, ScaleType::float32, ScaleType::bfloat16, 2});
-        for (const int64_t m : {1, 9, 18}) products(wide, m, -1), integer_products(wide, m, 8, false, false);
+        for (const int64_t m : {1, 9, 18}) products(wide, m, -1), integer_products(wide, m, 8, GridKind::asymmetric, false);
         for (const ScaleType type : types)
             for (const int64_t n : {1, 2, 8, 64, 1024}) where = isa + " hadamard", hadamards(type, n, 3);
         for (const auto& [n, k] : {std::pair<int, int>{1, 4}, {3, 8}, {17, 12}, {65, 60}, {34, 324}})

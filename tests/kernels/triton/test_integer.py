@@ -3,6 +3,7 @@
 import pytest
 import torch
 from remanence.kernels import reference
+from remanence.kernels.reference import NARROW
 
 launch = pytest.importorskip("remanence.kernels.triton.launch", reason="Triton is not installed: pip install triton")
 products = pytest.importorskip(
@@ -31,8 +32,8 @@ def weight(device, n, k, bits, groups, asymmetric):
     return reference.pack(codes, bits).to(device), scale.to(device), zero if zero is None else zero.to(device)
 
 
-def error(x, grid, packed, scale, zero, bias, bits, x_bits=8, symmetric=True, clip=1.0):
-    arguments = (x, *grid, packed, scale, zero, bias, bits, x_bits, symmetric, clip)
+def error(x, grid, packed, scale, zero, bias, bits, x_bits=8, row_grid=True, clip=1.0):
+    arguments = (x, *grid, packed, scale, zero, bias, bits, x_bits, row_grid, clip)
     y = launch.integer_linear(*arguments)
     assert (y.dtype, y.shape) == (x.dtype, (*x.shape[:-1], len(packed)))
     _, *others = (a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -40,13 +41,13 @@ def error(x, grid, packed, scale, zero, bias, bits, x_bits=8, symmetric=True, cl
     return float((y.cpu().double() - exact).abs().max() / exact.abs().max())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("row_grid", [True, False, NARROW])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("bits", "x_bits"), [(8, 8), (4, 8), (4, 4), (3, 8), (2, 4)])
 @pytest.mark.parametrize(("m", "n", "k", "groups"), [(3, 17, 256, 2), (5, 33, 130, 1)])
-def test_product(device, m, n, k, groups, bits, x_bits, asymmetric, symmetric):
+def test_product(device, m, n, k, groups, bits, x_bits, asymmetric, row_grid):
     x, bias = rows(device, m, k), rows(device, 1, n)[0]
-    off = error(x, PER_TOKEN, *weight(device, n, k, bits, groups, asymmetric), bias, bits, x_bits, symmetric)
+    off = error(x, PER_TOKEN, *weight(device, n, k, bits, groups, asymmetric), bias, bits, x_bits, row_grid)
     assert off <= TOLERANCE[torch.float32]
 
 
@@ -125,14 +126,14 @@ def special_rows(device, k, dtype):
     return x
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("grid", [True, False, NARROW])
 @pytest.mark.parametrize("clip", [1.0, 0.8])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_quantized_to_the_bit(device, dtype, bits, clip, symmetric):
+def test_rows_are_quantized_to_the_bit(device, dtype, bits, clip, grid):
     x = special_rows(device, 129, dtype)
-    expected = reference.quantize_per_token(x.cpu(), bits, symmetric, clip)
-    for ours, theirs in zip(launch.quantize_per_token(x, bits, symmetric, clip), expected, strict=True):
+    expected = reference.quantize_per_token(x.cpu(), bits, grid, clip)
+    for ours, theirs in zip(launch.quantize_per_token(x, bits, grid, clip), expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours.cpu().nan_to_num(-7), theirs.nan_to_num(-7))
 
