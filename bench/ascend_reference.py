@@ -185,8 +185,8 @@ def _table() -> set[tuple[torch.dtype | None, ...]]:
 
 
 def _by_rows(x: Tensor, top: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Codes and scales of rows [..., K], scale = clip * max|x| / top, in float32 as on the device, whose ties are of that
-    arithmetic; what is cut off goes to the ends of int4 and int8."""
+    """Codes and scales of rows [..., K], scale = clip * max|x| / top, in float32 as on the device, for the sake of
+    ties; what is cut off goes to the ends of int4 and int8."""
     x = x.float()
     scale = clip * x.abs().amax(-1) / top
     codes = (x / scale[..., None]).round().nan_to_num(0)

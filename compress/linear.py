@@ -271,7 +271,7 @@ def _inputs(activation: ActivationSpec, transform: nn.Module | None) -> Inputs:
         kind, factors = "kronecker", (len(transform.left), len(transform.right))
     elif isinstance(transform, OnlineHadamard):
         kind, factors = "hadamard", (len(transform.signs),)
-    return Inputs(activation.bits, activation.dynamic, int(activation.symmetric), activation.clip, kind, factors)
+    return Inputs(activation.bits, activation.dynamic, activation.grid, activation.clip, kind, factors)
 
 
 def _brought(tensors: tuple[Tensor | None, ...], device: torch.device) -> tuple[Any, ...]:

@@ -1,5 +1,5 @@
-"""The products of packed layers on an Ascend NPU, along the route that routes.py gives, and the ops of this package that
-torch's dispatcher finds there."""
+"""The products of packed layers on an Ascend NPU, along the route that routes.py gives, and those of this package's ops
+that torch's dispatcher finds there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...backends.ascend_products import Product, product_named
 from ..checks import check_range
-from ..reference import packed_width
+from ..reference import ASYMMETRIC, packed_width
 from .routes import EXPANDED, KRONECKER_TOKENS, Inputs, Layer, route
 from .weights import AscendWeight
 
@@ -201,7 +201,7 @@ def _dense(transform: Any) -> Tensor:
 def _by_torch(x: Tensor, inputs: Inputs, static: Static | None) -> tuple[Tensor, Tensor, Tensor | None]:
     if static is None:
         codes, scale, zero = torch.ops.remanence.quantize_per_token(x, inputs.bits, inputs.grid, inputs.clip)
-        return codes, scale[:, 0], None if inputs.grid else zero[:, 0]
+        return codes, scale[:, 0], zero[:, 0] if inputs.grid == ASYMMETRIC else None
     scale, zero = static
     top = 2 ** (inputs.bits - 1)
     return (x.float() / scale + zero).round().clamp(-top, top - 1).to(torch.int8), scale, zero
@@ -222,7 +222,7 @@ def _scaled(
     if inputs.dynamic:
         fixed = [(w_scale[0], None) for w_scale, _ in weight.grids(torch.float32)]
     else:
-        fixed = weight.fixed(scale, None if inputs.grid else zero)
+        fixed = weight.fixed(scale, zero if inputs.grid == ASYMMETRIC else None)
     # Beside a scale per token the operator adds a bias itself; with int4, or a shift in its place, it cannot.
     inside = inputs.dynamic and way.held == "int8"
     outputs = []
@@ -299,7 +299,7 @@ def integer_linear(
     grid: int,
     clip: float,
 ) -> Tensor:
-    inputs = Inputs(x_bits, x_scale is None, int(grid), clip)
+    inputs = Inputs(x_bits, x_scale is None, grid, clip)
     layer = Layer(len(packed), x.shape[-1], bits, x.shape[-1] // scale.shape[1], zero is None, x.dtype, inputs)
     static = None if x_scale is None or x_zero is None else (x_scale, x_zero)
     return linear(x, lay(packed, scale, zero, layer, x.device), bias, static)

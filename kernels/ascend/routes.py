@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...backends.ascend_products import Product
+from ..reference import ASYMMETRIC, NARROW, SYMMETRIC
 
 WEIGHT_ONLY = "npu_weight_quant_batchmatmul"
 INTEGER = "npu_quant_matmul"
@@ -27,14 +28,14 @@ class Inputs:
     """How a layer rounds its input.
 
     dynamic    a scale per token; else one, known beforehand
-    grid       0 asymmetric, 1 symmetric with the largest |x| half a step beyond the last code, 2 on it (narrow)
+    grid       as in kernels/reference.py; the fused operators know the narrow one
     clip       share of a token's range that is kept
     transform  in front of it: "", "kronecker" or "hadamard"; factors: sizes of its matrices, or of the one matrix
     """
 
     bits: int = 8
     dynamic: bool = True
-    grid: int = 1
+    grid: int = SYMMETRIC
     clip: float = 1.0
     transform: str = ""
     factors: tuple[int, ...] = ()
@@ -158,7 +159,12 @@ def _integer(layer: Layer, product: Product, layout: str) -> Route:
             f"activation: a scale per token is not supported on {product.name}: static scales (a_dynamic=false)"
         )
     one_scale = layer.group == layer.k
-    plain = layer.symmetric and one_scale and layer.dtype != torch.float32 and (inputs.grid or not inputs.dynamic)
+    plain = (
+        layer.symmetric
+        and one_scale
+        and layer.dtype != torch.float32
+        and (inputs.grid != ASYMMETRIC or not inputs.dynamic)
+    )
     if not plain and not product.sums:
         raise ValueError(_without_sums(layer, product))
     parts, notes = _parts(layer.n)
@@ -201,7 +207,7 @@ def _rounding(layer: Layer, inputs: Inputs, product: Product, int4: bool) -> str
     """The fused operators round on the narrow grid, and no other; npu_quantize rounds on a given one."""
     if not inputs.dynamic:
         return "npu_quantize" if inputs.bits == 8 else "torch"
-    if inputs.grid != 2 or layer.dtype == torch.float32 or (inputs.bits == 4 and not int4):
+    if inputs.grid != NARROW or layer.dtype == torch.float32 or (inputs.bits == 4 and not int4):
         return "torch"
     if inputs.transform == "kronecker" and int4 and product.fused and _multiplies(inputs.factors):
         return "npu_kronecker_quant"

@@ -22,7 +22,7 @@ ND, NZ = 2, 29  # FRACTAL_NZ, as npu_format_cast knows them
 
 def _to_nz(weight: torch.Tensor) -> torch.Tensor:
     """In the device's own layout; without being told that it may, torch-npu leaves every tensor as it is."""
-    config = getattr(torch.npu, "config", None)  # type: ignore[attr-defined]
+    config = getattr(getattr(torch, "npu", None), "config", None)
     if config is not None:
         config.allow_internal_format = True
     return torch.ops.npu.npu_format_cast(weight, NZ)
