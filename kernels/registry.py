@@ -21,7 +21,7 @@ from .reference import packed_width
 class Case:
     """A product y [m, n] = x [m, k] @ w.T with a packed weight.
 
-    device   kind of the device it is on, "cpu" or "cuda"
+    device   kind of the device it is on, "cpu", "cuda" or "npu"
     dtype    of x
     bits     of the weight's codes; `group` neighbouring features of a row share a scale
     act      bits that x is rounded to; None: it is multiplied as it is
@@ -82,7 +82,8 @@ def summary(device: str) -> str:
     choice = explain(Case(device))
     if choice.kernel != "reference":
         return choice.kernel
-    return f"plain torch ({choice.others['triton' if device == 'cuda' else 'scalar']})"
+    own = {"cuda": "triton", "npu": "torch-npu"}.get(device, "scalar")
+    return f"plain torch ({choice.others[own]})"
 
 
 def _check(case: Case) -> None:
@@ -132,6 +133,25 @@ def _triton(case: Case) -> str | None:
     return gpu.why_not(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def _ascend(case: Case) -> str | None:
+    if case.device != "npu":
+        return "for Ascend NPUs"
+    if not _registered(case.op, "PrivateUse1"):
+        return f"has no {case.op}"
+    if torch._C._get_privateuse1_backend_name() != "npu":
+        return "torch-npu is not loaded"
+    from .ascend.products import product_of
+    from .ascend.routes import Inputs, Layer, route
+
+    inputs = None if case.act is None else Inputs(case.act)
+    layer = Layer(case.n, case.k, case.bits, case.group, True, case.dtype, inputs)
+    try:
+        route(layer, product_of(torch.device("npu", 0)))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _reference(_case: Case) -> str | None:
     return None
 
@@ -163,6 +183,13 @@ KERNELS = (
         "16 bits on the matrix units, summed in float32; float32 through torch's product",
         "bfloat16 on the matrix units, summed in float32",
         "bytes on the matrix units, exact sums of a group",
+    ),
+    Kernel(
+        "torch-npu",
+        _ascend,
+        "16 bits on the matrix unit; of float32 the weight is expanded first",
+        "bfloat16 on the matrix unit",
+        "bytes or 4 bits on the matrix unit, exact sums",
     ),
     Kernel(
         "reference",

@@ -87,10 +87,8 @@ class Route:
 def route(layer: Layer, product: Product, layout: str = "auto") -> Route:
     """The way that a layer takes; ValueError, with what would do instead, where there is none.
 
-    layout   "nd", "nz" where an engine needs that, or "auto"
+    layout   of LAYOUTS: nd, nz where an engine needs that, or auto
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
     _check(layer, product)
     return _integer(layer, product, layout) if layer.inputs else _weight_only(layer, product, layout)
 

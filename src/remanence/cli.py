@@ -15,6 +15,7 @@ import typer
 
 from . import __version__
 from .errors import ERROR, INTERRUPTED, OK, USAGE, UsageError
+from .verbs.ascend import preflight
 from .verbs.audit import audit
 from .verbs.bench import bench, doctor
 from .verbs.compress import allocate, compress
@@ -29,7 +30,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 error, 2 usage (unknown name, missing or unusable input), 3 --fail-on fired, "
     "4 some cells failed, 130 interrupted.",
 )
-for _verb in (audit, unlearn, compress, allocate, report, evaluate, logs, doctor, bench):
+for _verb in (audit, unlearn, compress, allocate, report, evaluate, logs, preflight, doctor, bench):
     app.command()(_verb)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from .backends.cuda import refusal
-from .backends.device import Device, Peak, detect
+from .backends.ascend import AscendDevice
+from .backends.device import Device, Peak, detect, refusals
 from .config import default_cache
+from .kernels.ascend.schemas import drift, release
 from .kernels.limits import peaks, read_bandwidth
 from .kernels.ops import available_isas
 from .kernels.registry import Case, explain
@@ -23,7 +24,7 @@ _EXTRAS = {
     "gptqmodel": ("gptq", "read GPTQ checkpoints through their own library"),
     "bitsandbytes": ("bnb", "NF4 and int8 as peers"),
     "triton": ("cuda", "CUDA kernels"),
-    "torch-npu": ("ascend", "Ascend NPUs; this package does not run on them yet"),
+    "torch-npu": ("ascend", "Ascend NPUs"),
 }
 # What a packed layer may be given, in words.
 _INPUTS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ def diagnose() -> dict[str, Any]:
         **environment(),
         "kernel_isas": available_isas(),
         "devices": {each.name: _device(each) for each in found},
-        "missing_devices": {} if len(found) > 1 else {"cuda": ". ".join(refusal(0) or ())},
+        "missing_devices": {kind: ". ".join(why) for kind, why in refusals().items()},
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(existing).free,
         "optional": {name: _version(name) for name in _EXTRAS},
@@ -60,7 +61,12 @@ def _device(each: Device) -> dict[str, Any]:
         "free_bytes": each.free_memory(),
         "peaks": {name: None if peak is None else asdict(peak) for name, peak in (each.peaks() | measured).items()},
         "kernels": {name: asdict(choice) for name, choice in choices.items()},
+        **(_ascend(each) if isinstance(each, AscendDevice) else {}),
     }
+
+
+def _ascend(npu: AscendDevice) -> dict[str, Any]:
+    return {"power_watts": npu.power(), "known_release": release(), "drift": drift()}
 
 
 def _measured() -> dict[str, Peak | None]:
@@ -99,7 +105,8 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _show_device(name: str, device: dict[str, Any]) -> None:
-    driver = f", CUDA {device['cuda']}, driver {device['driver'] or 'unknown'}" if "driver" in device else ""
+    software = {"CUDA": "cuda", "CANN": "cann", "torch-npu": "torch_npu", "driver": "driver"}
+    driver = "".join(f", {what} {device[key] or 'unknown'}" for what, key in software.items() if key in device)
     print(f"{name:<8} {device['summary']}, {device['free_bytes'] / 2**30:.1f} GiB free{driver}")
     known = {peak: rate for peak, rate in device["peaks"].items() if rate is not None}
     for peak, rate in known.items():
@@ -107,6 +114,11 @@ def _show_device(name: str, device: dict[str, Any]) -> None:
         print(f"  peak   {peak}: {shown} ({rate['source']})")
     if not known:
         print("  peaks  not known from the device itself")
+    if device.get("power_watts") is not None:
+        print(f"  power  {device['power_watts']:.0f} W now (npu-smi)")
+    if "drift" in device:
+        changes = [f"{operator} {change}" for operator, change in device["drift"].items()]
+        print(f"  operators beside torch-npu {device['known_release']}: {'; '.join(changes) or 'the same'}")
     for case, choice in device["kernels"].items():
         print(f"  kernel {case}: {choice['kernel']} ({choice['arithmetic']})")
     reasons: dict[str, list[str]] = {}

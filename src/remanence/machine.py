@@ -43,4 +43,6 @@ def described(each: Device) -> str:
     size = f"{info['memory_bytes'] / 2**30:.1f} GiB"
     if each.kind == "cpu":
         return f"{info['name']}, {info['cores']} cores ({info['threads']} used), {size}"
-    return f"{info['name']}, compute capability {info['capability']}, {size}"
+    if each.kind == "cuda":
+        return f"{info['name']}, compute capability {info['capability']}, {size}"
+    return f"{info['name']} (product {info['product'] or 'unknown here'}), {size}"
