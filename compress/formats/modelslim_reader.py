@@ -100,7 +100,7 @@ def _description(directory: Path) -> dict[str, str]:
     found = _json(path)
     types = {name: kind for name, kind in found.items() if name not in _HEADING}
     for name, kind in types.items():
-        if kind != FLOAT and kind not in _PARTS:
+        if kind not in (FLOAT, *_PARTS):
             raise ValueError(f"{path}: {name}: {kind!r} is not one of {FLOAT}, {', '.join(_PARTS)}")
     return types
 

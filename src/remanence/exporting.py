@@ -108,7 +108,7 @@ def _compare_modelslim(plan: Any, model: PreTrainedModel, directory: Path) -> fl
             off = _difference(layer, layers[layer], plan.types[layer], plan.divisors.get(layer), entry)
             largest = max(largest, off)
     if left:
-        raise ValueError(f"{min(left)}: read back as {FLOAT}; expected {plan.types[min(left)]}")
+        raise ValueError(f"{min(left)}: is not there; expected a layer of {plan.types[min(left)]}")
     return largest
 
 
