@@ -188,6 +188,8 @@ def _rules(layer: QuantLinear) -> Iterator[tuple[bool, str, str]]:
         sizes = len(transform.left), len(transform.right)
         yield features % 4 == 2, f"{features} inputs", "a product of two even or two odd numbers"
         fixed = decomposition(features)
+        packing = f"{features} inputs, of which the engine makes {fixed[0]} x {fixed[1]}"
+        yield fixed[1] % 8 != 0, packing, "a multiple of 8 as the second, along which its kernel packs codes"
         yield sizes != fixed, f"a map of {sizes[0]} x {sizes[1]}", f"{fixed[0]} x {fixed[1]}, as the engine has it"
 
 

@@ -43,22 +43,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.randint(2, 320, (2, 9), generator=torch.Generator().manual_seed(0))
 DESCRIPTION, INDEX = "quant_model_description.json", "quant_model_weights.safetensors.index.json"
 SHARD = "quant_model_weights-00001-of-00001.safetensors"
-# Sizes with odd factors, none of them a power of two; 48 = 6 x 8, 88 = 2 x 44 as the engine has it (8 x 11 is nearer),
-# 120 = 10 x 12.
+# Sizes with odd factors, and maps of 6 x 8, 10 x 16, 12 x 16 and 14 x 16, which the engine has for them.
 USUAL = {"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "pad_token_id": 0}
 USUAL |= {"eos_token_id": 1, "bos_token_id": None, "max_position_embeddings": 64}
-GATED = USUAL | {"intermediate_size": 120, "num_key_value_heads": 2, "head_dim": 8}
+GATED = USUAL | {"intermediate_size": 160, "num_key_value_heads": 2, "head_dim": 8}
 CONFIGS = {
     "llama": LlamaConfig(**GATED, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**GATED, tie_word_embeddings=True),
     "llama-heads": LlamaConfig(**GATED | {"num_key_value_heads": 6}, attention_bias=True),
-    "mistral": MistralConfig(**GATED | {"intermediate_size": 88}),
+    "mistral": MistralConfig(**GATED | {"intermediate_size": 224}),
     "qwen2": Qwen2Config(**GATED),
-    "qwen3": Qwen3Config(**GATED | {"head_dim": 16}, tie_word_embeddings=True),
-    "opt": OPTConfig(**USUAL, word_embed_proj_dim=48, ffn_dim=120, dropout=0.0, tie_word_embeddings=False),
-    "opt-tied": OPTConfig(**USUAL, word_embed_proj_dim=24, ffn_dim=120, dropout=0.0),
-    "opt-gelu": OPTConfig(**USUAL, word_embed_proj_dim=48, ffn_dim=120, dropout=0.0, activation_function="gelu"),
-    "opt-post": OPTConfig(**USUAL, word_embed_proj_dim=48, ffn_dim=120, dropout=0.0, do_layer_norm_before=False),
+    "qwen3": Qwen3Config(**GATED | {"head_dim": 32}, tie_word_embeddings=True),
+    "opt": OPTConfig(**USUAL, word_embed_proj_dim=48, ffn_dim=160, dropout=0.0, tie_word_embeddings=False),
+    "opt-tied": OPTConfig(**USUAL, word_embed_proj_dim=24, ffn_dim=160, dropout=0.0),
+    "opt-gelu": OPTConfig(**USUAL, word_embed_proj_dim=48, ffn_dim=160, dropout=0.0, activation_function="gelu"),
+    "opt-post": OPTConfig(**USUAL, word_embed_proj_dim=48, ffn_dim=160, dropout=0.0, do_layer_norm_before=False),
 }
 RECIPES = {
     "rtn-w8a8": "W8A8_DYNAMIC",
@@ -166,12 +165,13 @@ def test_sixteen_bit_models_keep_their_dtype_and_scales(dtype, tokenizer, tmp_pa
     model = compressed("llama", "rtn-w8a8", dtype)
     made = save(model, tokenizer, tmp_path / "out")
     stored, config = tensors(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    found = read(tmp_path / "out")
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert stored["model.norm.weight"].dtype == stored["model.layers.0.mlp.up_proj.bias"].dtype == dtype
     for name, layer in packed(model).items():
         assert stored[f"{name}.weight_scale"].dtype == torch.float32
         assert torch.equal(stored[f"{name}.weight_scale"], layer.scale.float())
-        assert torch.equal(read(tmp_path / "out")[f"{name}.weight"].weight, layer.dequantized())
+        assert torch.equal(found[f"{name}.weight"].weight, layer.dequantized())
     assert not any("rounds to" in note for note in made.notes)
 
 
@@ -188,7 +188,7 @@ def test_codes_and_the_sign_of_the_offset(tokenizer, tmp_path):
     layer = packed(model)[name]
     q, scale, offset = (stored[f"{name}.{part}"] for part in ("weight", "weight_scale", "weight_offset"))
     assert q.dtype == torch.int8
-    assert q.shape == (48, 120)
+    assert q.shape == (48, 160)
     assert scale.shape == offset.shape == (48, 1)
     assert torch.equal(q.int() + 128, layer.codes().int())
     assert offset.any()
@@ -198,8 +198,9 @@ def test_codes_and_the_sign_of_the_offset(tokenizer, tmp_path):
 def test_four_bit_codes_are_one_a_byte(tokenizer, tmp_path):
     model = compressed("opt", "rtn-w4a4")
     save(model, tokenizer, tmp_path / "out")
+    stored = tensors(tmp_path / "out")
     for name, layer in packed(model).items():
-        q = tensors(tmp_path / "out")[f"{name}.weight"]
+        q = stored[f"{name}.weight"]
         assert q.shape == (layer.out_features, layer.in_features)
         assert (q.min(), q.max()) == (-8, 7)
         assert torch.equal(q.int() + 8, layer.codes().int())
@@ -392,8 +393,20 @@ def test_every_size_is_the_engines():
 
 
 def test_maps_of_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"down_proj: has a map of 8 x 11; expected 4 x 22"):
-        plan(mapped("mistral", sizes=lambda n: (8, 11) if n == 88 else decomposition(n)))
+    with pytest.raises(ValueError, match=r"down_proj: has a map of 7 x 32; expected 14 x 16"):
+        plan(mapped("mistral", sizes=lambda n: (7, 32) if n == 224 else decomposition(n)))
+
+
+def test_inputs_for_which_the_engine_has_no_map_are_refused():
+    model = mapped("llama")
+    transform = Kronecker(torch.eye(4), torch.eye(22), torch.ones(88))
+    made = QuantLinear.from_qtensor(rtn(torch.randn(48, 88), QuantSpec(4), torch.float32, RTN()), None, A4)
+    made.transform = transform
+    put(model, "model.layers.0.mlp.down_proj", made)
+    with pytest.raises(
+        ValueError, match=r"down_proj: has 88 inputs, of which the engine makes 4 x 22; expected a mult"
+    ):
+        plan(model)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -428,11 +441,11 @@ def hang(layer):
 A8, A4 = ActivationSpec(8), ActivationSpec(4)
 STATIC = (torch.ones(1), torch.zeros(1, dtype=torch.int32))
 REFUSED = {
-    "groups": (other(QuantSpec(8, 24), A8), "has 5 groups of inputs, each with its scale; expected one scale per"),
+    "groups": (other(QuantSpec(8, 32), A8), "has 5 groups of inputs, each with its scale; expected one scale per"),
     "w4a16": (other(QuantSpec(4)), "has w4a16; expected w8a8, w8a16, w4a4"),
     "w4a8": (other(QuantSpec(4), A8), "has w4a8; expected w8a8"),
     "w3": (other(QuantSpec(3)), "has w3a16; expected"),
-    "w2": (other(QuantSpec(2, 24)), "has w2a16; expected"),
+    "w2": (other(QuantSpec(2, 32)), "has w2a16; expected"),
     "w8a4": (other(QuantSpec(8), A4), "has w8a4; expected"),
     "w8a8-asym": (other(QuantSpec(8, symmetric=False), A8), "has asymmetric weights at w8a8; expected symmetric ones"),
     "w4a4-asym": (other(QuantSpec(4, symmetric=False), A4), "has asymmetric weights at w4a4; expected symmetric ones"),
@@ -602,22 +615,22 @@ def store(directory, **changed):
 
 FC1 = "model.decoder.layers.0.fc1"
 MAPS = {
-    "nan scale": ({f"{FC1}.weight_scale": torch.full((120, 1), torch.nan)}, "weight_scale: contains NaN"),
+    "nan scale": ({f"{FC1}.weight_scale": torch.full((160, 1), torch.nan)}, "weight_scale: contains NaN"),
     "scale of float16": (
-        {f"{FC1}.weight_scale": torch.ones(120, 1).half()},
-        "weight_scale: torch.float16 .120, 1.; exp",
+        {f"{FC1}.weight_scale": torch.ones(160, 1).half()},
+        "weight_scale: torch.float16 .160, 1.; exp",
     ),
     "flat scale": (
-        {f"{FC1}.weight_scale": torch.ones(120)},
-        r"weight_scale: torch.float32 \[120\]; expected .* \[120, 1",
+        {f"{FC1}.weight_scale": torch.ones(160)},
+        r"weight_scale: torch.float32 \[160\]; expected .* \[160, 1",
     ),
-    "offset": ({f"{FC1}.weight_offset": torch.ones(120, 1)}, "weight_offset: not zero; expected zeros"),
+    "offset": ({f"{FC1}.weight_offset": torch.ones(160, 1)}, "weight_offset: not zero; expected zeros"),
     "code 8": (
-        {f"{FC1}.weight": torch.full((120, 48), 8, dtype=torch.int8)},
+        {f"{FC1}.weight": torch.full((160, 48), 8, dtype=torch.int8)},
         r"weight: codes 8 .. 8; expected -8 .. 7",
     ),
-    "code -9": ({f"{FC1}.weight": torch.full((120, 48), -9, dtype=torch.int8)}, "weight: codes -9 .. -9; expected"),
-    "float codes": ({f"{FC1}.weight": torch.zeros(120, 48)}, "weight: torch.float32 .*; expected torch.int8"),
+    "code -9": ({f"{FC1}.weight": torch.full((160, 48), -9, dtype=torch.int8)}, "weight: codes -9 .. -9; expected"),
+    "float codes": ({f"{FC1}.weight": torch.zeros(160, 48)}, "weight: torch.float32 .*; expected torch.int8"),
     "one row": (
         {f"{FC1}.weight": torch.zeros(48, dtype=torch.int8)},
         r"weight: torch.int8 \[48\]; expected torch.int8",
@@ -626,7 +639,7 @@ MAPS = {
     "nan map": ({f"{FC1}.right_trans": torch.full((8, 8), torch.inf)}, "right_trans: contains NaN or infinity"),
     "clip 0": ({f"{FC1}.clip_ratio": torch.zeros(1)}, "clip_ratio: 0; expected above 0"),
     "clip 2": ({f"{FC1}.clip_ratio": torch.full((1,), 2.0)}, "clip_ratio: 2; expected above 0 and at most 1"),
-    "nan bias": ({f"{FC1}.bias": torch.full((120,), torch.nan)}, "bias: contains NaN"),
+    "nan bias": ({f"{FC1}.bias": torch.full((160,), torch.nan)}, "bias: contains NaN"),
     "integer norm": (
         {"model.decoder.final_layer_norm.weight": torch.ones(48, dtype=torch.int8)},
         "expected a floating",
