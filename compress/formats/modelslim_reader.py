@@ -206,11 +206,13 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
 
 
 def _names(file: Path) -> list[str]:
+    """Of the tensors; safetensors itself keeps the last of two with one name."""
     try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
+        with safe_open(file, "pt"), file.open("rb") as opened:
+            header = opened.read(int.from_bytes(opened.read(8), "little"))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    return [name for name in _object(file, header.decode()) if name != "__metadata__"]
 
 
 def _tensor(directory: Path, places: Mapping[str, Path], name: str) -> Tensor:
@@ -222,7 +224,16 @@ def _tensor(directory: Path, places: Mapping[str, Path], name: str) -> Tensor:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object without a key twice, of which a parser would keep the last."""
+    try:
+        return _object(path, path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+
+
+def _object(path: Path, text: str) -> dict[str, Any]:
+    """A JSON object without a key twice, of which a parser would keep the last."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -233,10 +244,8 @@ def _json(path: Path) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {type(value).__name__}; expected an object")

@@ -735,6 +735,18 @@ def test_a_tensor_in_two_files(place):
         read(place / "maps")
 
 
+def test_a_tensor_twice_in_one_file(place):
+    path = place / "maps" / SHARD
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].decode().rstrip()
+    again = f'"{FC1}.bias":' + json.dumps(json.loads(header)[f"{FC1}.bias"])
+    header = f"{header[:-1]},{again}}}".encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    with pytest.raises(ValueError, match=r"fc1\.bias: is there twice"):
+        read(place / "maps")
+
+
 @pytest.mark.parametrize("file", [DESCRIPTION, INDEX])
 def test_a_key_that_is_there_twice(file, place):
     text = (place / "maps" / file).read_text()
