@@ -12,6 +12,7 @@ from .compress.places import local_model
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # By how much, relatively, a weight may be off whose scale was divided on the way: two roundings to float32.
@@ -24,7 +25,7 @@ class Format:
 
     plan      of a model: has `types` of layers by name and `notes`; refuses a model that the layout cannot hold
     write     (plan, model, tokenizer, existing empty directory)
-    compare   (plan, model, directory) -> largest difference between a weight in the model and as it is read from there
+    compare   (plan, model, directory) -> largest difference of a number in the model and as it is read from there
     """
 
     plan: Callable[[PreTrainedModel], Any]
@@ -97,34 +98,45 @@ def _write_modelslim(plan: Any, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 def _compare_modelslim(plan: Any, model: PreTrainedModel, directory: Path) -> float:
     """Through a reader that knows neither our writer nor our layers."""
-    from .compress.formats.modelslim import packed
     from .compress.formats.modelslim_reader import FLOAT, entries
 
-    layers, largest, left = packed(model), 0.0, set(plan.types)
+    missing = {f"{name}.weight" for name in plan.types} | {name for name, _ in model.named_parameters()}
+    largest = 0.0
     for name, entry in entries(directory):
-        if entry.type != FLOAT:
-            layer = name.removesuffix(".weight")
-            left.discard(layer)
-            off = _difference(layer, layers[layer], plan.types[layer], plan.divisors.get(layer), entry)
-            largest = max(largest, off)
-    if left:
-        raise ValueError(f"{min(left)}: is not there; expected a layer of {plan.types[min(left)]}")
+        missing.discard(name)
+        parent, _, part = name.rpartition(".")
+        module, by = model.get_submodule(parent), plan.divisors.get(parent)
+        if entry.type != plan.types.get(parent, FLOAT) and part != "bias":
+            raise ValueError(f"{name}: read back as {entry.type}; expected {plan.types.get(parent, FLOAT)}")
+        compare = _float_difference if entry.type == FLOAT else _layer_difference
+        largest = max(largest, compare(name, module, by, entry))
+    if missing:
+        raise ValueError(f"{min(missing)}: is not there when it is read back")
     return largest
 
 
-def _difference(name: str, layer: Any, kind: str, by: Any, entry: Any) -> float:
-    """Largest |difference| of two weights; ValueError for one that is no rounding, and for another type or map."""
-    if entry.type != kind:
-        raise ValueError(f"{name}: read back as {entry.type}; expected {kind}")
-    expected = layer.dequantized() if by is None else layer.dequantized() / by[:, None]
-    off = (entry.weight - expected).abs()
-    if bool((off > (0.0 if by is None else _DIVIDED) * expected.abs()).any()):
-        raise ValueError(f"{name}: read back with weights off by up to {float(off.max()):g}; expected the same ones")
+def _float_difference(name: str, module: Any, by: Any, entry: Any) -> float:
+    from .compress.diagonal import divided
+
+    held = getattr(module, name.rpartition(".")[2]).detach()
+    return _off(name, entry.weight, (held if by is None else divided(held, by)).float(), 0.0)
+
+
+def _layer_difference(name: str, layer: Any, by: Any, entry: Any) -> float:
     if entry.left is not None:
-        clip = entry.clip - layer.activation.clip
         same = entry.left.equal(layer.transform.left) and entry.right.equal(layer.transform.right)
-        if not same or abs(clip) > 2.0**-24:  # a float32 in the file
+        if not same or abs(entry.clip - layer.activation.clip) > 2.0**-24:  # a float32 in the file
             raise ValueError(f"{name}: read back with another map or clip; expected the same one")
+    if by is None:
+        return _off(name, entry.weight, layer.dequantized(), 0.0)
+    return _off(name, entry.weight, layer.dequantized() / by[:, None], _DIVIDED)
+
+
+def _off(name: str, found: Tensor, expected: Tensor, relative: float) -> float:
+    """Largest |difference|; ValueError for one beyond that part of a number."""
+    off = (found - expected).abs()
+    if bool((off > relative * expected.abs()).any()):
+        raise ValueError(f"{name}: read back off by up to {float(off.max()):g}; expected the same numbers")
     return float(off.max())
 
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from remanence.compress.activations import fake_quantize
+from remanence.compress.diagonal import divisors
 from remanence.compress.experts import unfuse_experts_
 from remanence.compress.formats import modelslim
-from remanence.compress.formats.modelslim import decomposition, divisors, packed, plan, save
+from remanence.compress.formats.modelslim import packed, plan, save
+from remanence.compress.formats.modelslim_layer import decomposition
 from remanence.compress.formats.modelslim_reader import FLOAT, dense_model, read
 from remanence.compress.hadamard import OnlineHadamard, randomized
 from remanence.compress.knobs import RTN

@@ -121,11 +121,11 @@ def test_what_is_read_back_as_something_else_is_not_kept(part, change, models, c
     monkeypatch.setattr(modelslim, "layer_tensors", other)
     done = command(models / "w8a8", "--format=modelslim", "--out", tmp_path / "out")
     assert done.code == 1
-    assert "mlp.down_proj: read back with weights off by up to" in done.err
+    assert "mlp.down_proj.weight: read back off by up to" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_layer_that_is_read_back_as_float_is_not_kept(models, tmp_path, monkeypatch):
+def test_what_is_missing_when_it_is_read_back_is_not_kept(models, tmp_path, monkeypatch):
     def write(plan, model, tokenizer, work):
         for name in [name for name in plan.types if name.endswith("up_proj")]:
             del model.get_submodule(name.rpartition(".")[0]).up_proj
@@ -133,6 +133,34 @@ def test_a_layer_that_is_read_back_as_float_is_not_kept(models, tmp_path, monkey
 
     chosen = FORMATS["modelslim"]
     monkeypatch.setitem(FORMATS, "modelslim", type(chosen)(chosen.plan, write, chosen.compare))
-    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj: is not there; expected a layer of W8A8_DYNAMIC"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight: is not there when it is read back"):
         export(str(models / "w8a8"), "modelslim", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_norm_that_is_read_back_as_another_is_not_kept(models, tmp_path, monkeypatch):
+    own = modelslim._own
+
+    def other(module):
+        return {name: tensor * 2 if tensor.shape == (32,) else tensor for name, tensor in own(module).items()}
+
+    monkeypatch.setattr(modelslim, "_own", other)
+    with pytest.raises(ValueError, match=r"layernorm\.weight: read back off by up to 1; expected the same numbers"):
+        export(str(models / "w8a8"), "modelslim", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_and_what_they_leave_in_front_are_compared_too(models, tmp_path, monkeypatch):
+    batches = torch.randint(2, 300, (2, 4, 32), generator=torch.Generator().manual_seed(0))
+    recipe = parse_recipe("flatquant-w4a4+epochs=1+ignore=lm_head|o_proj")
+    compress_to(models / "d", recipe, models / "maps", list(batches))
+    made = export(str(models / "maps"), "modelslim", tmp_path / "out")
+    assert made["types"] == {"W4A4_FLATQUANT_DYNAMIC": 12}
+    assert 0 < made["max_abs_weight_difference"] < 1e-6  # of scales that were divided: float32 twice
+    assert any("went into 6 norms and layers in front" in note for note in made["notes"])
+
+    tensors = modelslim.layer_tensors
+    monkeypatch.setattr(modelslim, "layer_tensors", lambda *given: tensors(*given) | {"clip_ratio": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"q_proj\.weight: read back with another map or clip"):
+        export(str(models / "maps"), "modelslim", tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
