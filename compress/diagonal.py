@@ -76,8 +76,8 @@ def _fed_by(model: Any, name: str) -> tuple[str, list[str]]:
                 block = name.removesuffix(reader)
                 return block + feeder, [block + each for each in readers]
     raise ValueError(
-        f"{name}: its map has a diagonal, and nothing is known to feed this layer of a {model.config.model_type} "
-        f"({type(model).__name__}) that could take it; expected a map without one"
+        f"{name}: its map has a diagonal, and nothing is known to feed this layer of {type(model).__name__} that could "
+        f"take it; expected a map without one"
     )
 
 

@@ -89,10 +89,10 @@ def compressed(kind, recipe, dtype=torch.float32):
     return quantize_(dense(kind, dtype), parse_recipe(recipe)).eval()
 
 
-def mapped(kind, diagonal=True, sizes=decomposition, keep=(), spread=0.3):
+def mapped(kind, diagonal=True, sizes=decomposition, heads="alike"):
     """With FlatQuant's maps as its solver leaves them: one for each input, with a copy for every layer that reads it.
 
-    Heads that share their values have one diagonal, unless keep has "heads" in it.
+    Heads that share their values have one diagonal, unless `heads` differ.
     """
     model, g = dense(kind), torch.Generator().manual_seed(2)
     shared = {}
@@ -100,8 +100,8 @@ def mapped(kind, diagonal=True, sizes=decomposition, keep=(), spread=0.3):
         K, site = layer.in_features, name.rpartition(".")[0] + ("" if layer_of_input(name) else name)
         if site not in shared:
             left, right = (torch.eye(n) + 0.2 * torch.randn(n, n, generator=g) for n in sizes(K))
-            scale = (spread * torch.randn(K, generator=g)).exp() if diagonal else torch.ones(K)
-            if name.endswith("o_proj") and "heads" not in keep:
+            scale = (0.3 * torch.randn(K, generator=g)).exp() if diagonal else torch.ones(K)
+            if name.endswith("o_proj") and heads == "alike":
                 config = model.config
                 grouped = scale.view(config.num_key_value_heads, -1, config.head_dim)
                 scale = grouped[:, :1].expand_as(grouped).flatten()
@@ -336,16 +336,16 @@ def test_a_dense_layer_in_front_takes_the_diagonal(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer", "keep"),
+    ("kind", "layer", "message"),
     [
         ("llama", "model.layers.0.self_attn.o_proj", "differs between heads which share the values"),
-        ("opt-gelu", "model.decoder.layers.0.fc2", "nothing is known to feed this layer of a opt"),
+        ("opt-gelu", "model.decoder.layers.0.fc2", "nothing is known to feed this layer of OPTForCausalLM that"),
         ("opt-post", "model.decoder.layers.0.self_attn.k_proj", "nothing is known to feed"),
     ],
 )
-def test_a_diagonal_that_cannot_be_taken_out(kind, layer, keep):
-    with pytest.raises(ValueError, match=keep) as error:
-        plan(mapped(kind, keep=("heads",)))
+def test_a_diagonal_that_cannot_be_taken_out(kind, layer, message):
+    with pytest.raises(ValueError, match=message) as error:
+        plan(mapped(kind, heads="different"))
     assert str(error.value).startswith(f"{layer}: ")
     plan(mapped(kind, diagonal=False))
 
