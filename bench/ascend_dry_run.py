@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import ascend_stub
+from .ascend_models import FLATQUANT, compressed
 
 PHASE, FALLEN = "[phase]", "fall back to run on the CPU"
 # By chip: recipes of the models that are run. The 310P has neither int4 nor a scale per token.
@@ -33,7 +34,7 @@ RECIPES = {
         "rtn-w4a4",
         "rtn-w4a4+a_narrow=true",
         "rtn-w4a4+a_narrow=true+r_kind=hadamard+r_online=true",
-        "flatquant-w4a4+a_narrow=true+epochs=1",
+        FLATQUANT,
     ),
     "Ascend310P3": ("rtn-w4a16-g64", "rtn-w4a16", "rtn-w8a16-asym", "smoothquant-w8a8+a_dynamic=false"),
 }
@@ -48,7 +49,7 @@ LAUNCHED = {
     "rtn-w4a4": {r"QuantMatmulV\d": 1.0},
     "rtn-w4a4+a_narrow=true": {r"QuantMatmulV\d": 1.0, r"DynamicQuant\w*": 1.0},
     "rtn-w4a4+a_narrow=true+r_kind=hadamard+r_online=true": {r"QuantMatmulV\d": 1.0, r"RotateQuant": 1 / 7},
-    "flatquant-w4a4+a_narrow=true+epochs=1": {r"QuantMatmulV\d": 1.0, r"FlatQuant\w*": 1.0},
+    FLATQUANT: {r"QuantMatmulV\d": 1.0, r"FlatQuant\w*": 1.0},
     "smoothquant-w8a8+a_dynamic=false": {r"QuantMatmulV\d": 1.0},
 }
 
@@ -208,28 +209,11 @@ def _refused() -> dict[str, str]:
     return said
 
 
-def tiny(name: str, dtype: torch.dtype) -> Any:
-    """A model with random weights whose sides suit every operator."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
-    if name == "llama":
-        config = LlamaConfig(**shape, intermediate_size=256, num_key_value_heads=2, max_position_embeddings=128)
-        return LlamaForCausalLM(config).eval().to(dtype)
-    config = OPTConfig(**shape, ffn_dim=256, word_embed_proj_dim=128, max_position_embeddings=128)
-    return OPTForCausalLM(config).eval().to(dtype)
-
-
 def _run_model(name: str, recipe: str, dtype: torch.dtype) -> dict[str, Any]:
     """Prefill of two rows, then a token with the cache."""
     from ..compress.linear import QuantLinear
-    from ..compress.recipe import parse_recipe
-    from ..compress.sequential import compress_
 
-    parsed = parse_recipe(recipe)
-    batches = [torch.arange(256).reshape(4, 64)] if parsed.calibrated else []
-    model = compress_(tiny(name, dtype), parsed, batches)
+    model = compressed(name, recipe, dtype)
     layers = sum(isinstance(module, QuantLinear) for module in model.modules())
     model.to("npu")
     ids = torch.arange(14).reshape(2, 7).to("npu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from ..diagonal import FEEDERS, divided, divisors
 from ..experts import ExpertList, has_fused_experts
 from ..files import atomic_dir
 from ..linear import QuantLinear
-from ..spec import ActivationSpec
 from .modelslim_layer import FLATQUANT, FLOAT, layer_tensors, type_of
 
 DESCRIPTION = "quant_model_description.json"
@@ -141,11 +140,11 @@ def _check_one_map(parent: str, members: Mapping[str, Any]) -> None:
 def _notes(
     model: PreTrainedModel, layers: Mapping[str, QuantLinear], types: Mapping[str, str], found: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    wide = [name for name, layer in layers.items() if layer.activation and not _engine_grid(layer.activation)]
+    wide = [name for name, layer in layers.items() if layer.activation and not layer.activation.narrow]
     if wide:
         yield (
             f"{len(wide)} layers were made for inputs with the largest |x| at half the range (127.5, 7.5); the engine "
-            f"has it at 127 or 7, so its outputs differ a little"
+            f"has it at 127 or 7, so its outputs differ a little: a_narrow=true makes a model for that grid"
         )
     # The engine has no float32; of a model in it vLLM makes bfloat16 where it can.
     dtype = model.dtype if model.dtype == torch.float16 else torch.bfloat16
@@ -161,11 +160,6 @@ def _notes(
         yield "FlatQuant's maps are for whole inputs: the engine computes other sizes where it splits them over NPUs"
     if model.config.model_type not in FEEDERS:
         yield f"{model.config.model_type}: layers' names in the engine were not looked up; known: {', '.join(FEEDERS)}"
-
-
-def _engine_grid(activation: ActivationSpec) -> bool:
-    """Whether the largest |x| has the largest code, as in the engine's kernels."""
-    return "narrow" in {field.name for field in fields(activation)} and vars(activation)["narrow"]
 
 
 def _survives(layer: QuantLinear, kind: str, by: Tensor | None, dtype: torch.dtype) -> bool:
