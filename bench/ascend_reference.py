@@ -263,6 +263,13 @@ def _rotate_quant(
     return words(codes) if int4 else codes, scale
 
 
+def _convert_weight_to_int4pack(weight, inner_k_tiles=0):
+    _demand(weight.dtype == torch.int32 and weight.dim() == 2 and weight.is_contiguous(), f"weight: {weight.dtype}")
+    _demand(weight.shape[1] % 8 == 0 and inner_k_tiles in (0, 1), f"weight: {tuple(weight.shape)}")
+    _demand(bool(((weight >= -8) & (weight <= 7)).all()), "weight: -8 to 7")
+    return words(weight)
+
+
 def _format_cast(input, acl_format, *, customize_dtype=None, input_dtype=None):
     _demand(acl_format in (2, 29) and customize_dtype is None and input_dtype is None, f"acl_format: {acl_format}")
     _demand(acl_format == 2 or input.dtype in (torch.int8, torch.int32), f"input: {input.dtype}")
@@ -277,4 +284,5 @@ _OPERATORS: dict[str, Callable] = {
     "npu_kronecker_quant": _kronecker_quant,
     "npu_rotate_quant": _rotate_quant,
     "npu_format_cast": _format_cast,
+    "npu_convert_weight_to_int4pack": _convert_weight_to_int4pack,
 }
