@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import inf, isfinite
 from statistics import fmean
 from typing import Any
@@ -55,10 +56,10 @@ STUDY = (
     Baseline("RTN", "W4A16", "rtn-w4a16-g128-plain", "what calibration has to beat"),
     Baseline("AWQ", "W4A16", "awq-w4a16-g128-asym+duo=false", "the study's: asymmetric, activations alone decide"),
     Baseline("GPTQ", "W4A16", "gptq-w4a16-g128-asym+act_order=static", "the study's: asymmetric, act-order, clip"),
-    Baseline("SmoothQuant", "W8A8", "smoothquant-w8a8", "the study's: alpha 0.5"),
+    Baseline("SmoothQuant", "W8A8", "smoothquant-w8a8", "alpha 0.5; the study also rounds its cache to 8 bits"),
     Baseline("GPTQ", "W8A8", "gptq-w8a8+act_order=static", "act-order, clip"),
     Baseline("AWQ", "W8A8", "awq-w8a8+duo=false", "scaled for its weights, inputs rounded as they come"),
-    Baseline("FlatQuant", "W8A8", "flatquant-w8a8", "the study's: 15 epochs at 5e-3"),
+    Baseline("FlatQuant", "W8A8", "flatquant-w8a8", "15 epochs at 5e-3; the study also rounds its cache to 8 bits"),
     Baseline("RTN", "W4A4KV4", f"rtn-w4a4{KV4}", "what calibration has to beat"),
     Baseline("SmoothQuant", "W4A4KV4", f"smoothquant-w4a4{KV4}", "alpha 0.5"),
     Baseline("GPTQ", "W4A4KV4", f"gptq-w4a4+act_order=static{KV4}", "without a rotation, as the study has it on NPUs"),
@@ -69,7 +70,7 @@ STUDY = (
     ),
     Baseline("GPTQ gated", "W4A4KV4", f"gptq-w4a4+act_order=static+g_draws=3{KV4}", "unstable blocks stay at 8 bits"),
     Baseline(
-        "GPTQ rotated, gated",
+        "GPTQ rotated and gated",
         "W4A4KV4",
         f"gptq-w4a4+act_order=static+r_kind=hadamard+g_draws=3{KV4}",
         "both remedies",
@@ -85,6 +86,12 @@ TOP = 2
 SOLVES = 0.9
 # Of the dense model's perplexity.
 NEAR = 1.01
+# Formats, and which baseline should lose less there than which: calibration than none, the remedies than plain methods.
+LOWER = (
+    *(("W4A16", name, "RTN") for name in ("AWQ", "GPTQ")),
+    *(("W4A4KV4", *pair) for pair in product(("GPTQ rotated", "FlatQuant"), ("RTN", "AWQ", "GPTQ", "SmoothQuant"))),
+)
+Row = dict[str, Any]
 
 
 def run(
@@ -96,7 +103,7 @@ def run(
     methods: tuple[str, ...] = (),
     shape: DemoConfig = SHAPE,
     course: Sequence[Lesson] = COURSE,
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[Row], list[Row]]:
     """(rows, checks).
 
     device     where the model is compressed, read and generates
@@ -111,9 +118,9 @@ def run(
     chosen = baselines(methods)
     subject = own(seed, shape, course) if model is None else given(model, data_dir, problems)
     subject.model.to(where.torch_device)  # type: ignore[arg-type]
-    dense = told({"draw": None, "baseline": "dense", "format": "", **judged(subject.model, subject)})
+    dense = told({"draw": None, "baseline": "dense", "format": "", **judged(subject.model, subject), "seconds": None})
     every, summary = [dense], [summed("dense", "", [dense], [])]
-    layers: list[dict] = []
+    layers: list[Row] = []
     for each in chosen:
         found = draws(each, subject)
         table = spreads([errors for _, errors in found])
@@ -121,7 +128,7 @@ def run(
         summary.append(summed(each.name, each.format, every[-len(found) :], table))
         layers += [layer_row(each, layer) for layer in table[:TOP]]
     rows = [vars(each) for each in chosen] + summary + every + layers
-    return [row | {"device": where.name} for row in rows], checks(summary, bool(subject.problems) and model is None)
+    return [row | {"device": where.name} for row in rows], checks(summary, every, model is None)
 
 
 def baselines(methods: Sequence[str]) -> list[Baseline]:
@@ -133,7 +140,7 @@ def baselines(methods: Sequence[str]) -> list[Baseline]:
     return [each for each in STUDY if not methods or each.name in methods]
 
 
-def draws(each: Baseline, subject: Subject) -> list[tuple[dict[str, Any], dict[str, float]]]:
+def draws(each: Baseline, subject: Subject) -> list[tuple[Row, dict[str, float]]]:
     """A row for every draw of calibration data, with the error of every layer."""
     recipe = parse_recipe(each.recipe)
     found = []
@@ -151,7 +158,7 @@ def draws(each: Baseline, subject: Subject) -> list[tuple[dict[str, Any], dict[s
     return found
 
 
-def judged(model: PreTrainedModel, subject: Subject) -> dict[str, Any]:
+def judged(model: PreTrainedModel, subject: Subject) -> Row:
     return {**closeness(model, subject.model, subject), **solved(model, subject)}
 
 
@@ -170,60 +177,59 @@ def spreads(found: Sequence[dict[str, float]]) -> list[Layer]:
     return sorted(layers, key=lambda layer: -layer.spread)
 
 
-def layer_row(each: Baseline, layer: Layer) -> dict[str, Any]:
+def layer_row(each: Baseline, layer: Layer) -> Row:
     errors = ", ".join(f"{error:.3g}" for error in layer.errors)
     row = {"layer": layer.name, "baseline": each.name, "format": each.format, "errors": errors, "spread": layer.spread}
     return row | {"unstable": layer.unstable}
 
 
-def summed(name: str, format: str, rows: Sequence[dict[str, Any]], layers: Sequence[Layer]) -> dict[str, Any]:
+def summed(name: str, format: str, rows: Sequence[Row], layers: Sequence[Layer]) -> Row:
     """Means over draws of what was measured, and how far draws lie apart.
 
     kl_spread      largest KL over the smallest
     exact_spread   largest difference of a group's share of exact answers
-    worst_spread, unstable   of the layers: largest spread, and how many are above UNSTABLE
+    layer_spread, unstable   largest spread of a layer, and how many of all `layers` are above UNSTABLE
     """
     measures = [key for key in rows[0] if key not in ("draw", "baseline", "format", "seconds")]
     known = {key: [row[key] for row in rows if row[key] is not None] for key in measures}
-    row: dict[str, Any] = {key: fmean(values) if values else None for key, values in known.items()}
-    apart = [max(known[key]) - min(known[key]) for key in measures if key not in NO_GROUP]
     low, high = min(known["kl"]), max(known["kl"])
-    row |= {"kl_spread": high / low if low else None, "exact_spread": max(apart, default=None)}
-    row["worst_spread"] = max((layer.spread for layer in layers), default=None)
-    row["unstable"] = sum(layer.unstable for layer in layers)
-    row["layers"] = len(layers)
-    row["worst_perplexity"] = max(known["perplexity"])
-    return {"baseline": name, "format": format, **row}
+    return {
+        "baseline": name,
+        "format": format,
+        **{key: fmean(values) if values else None for key, values in known.items()},
+        "kl_spread": high / low if low else None,
+        "exact_spread": max(
+            (max(known[key]) - min(known[key]) for key in measures if key not in NO_GROUP), default=None
+        ),
+        "layer_spread": layers[0].spread if layers else None,
+        "unstable": sum(layer.unstable for layer in layers),
+        "layers": len(layers),
+    }
 
 
-def checks(summary: Sequence[dict[str, Any]], reasons: bool) -> list[dict]:
+def checks(summary: Sequence[Row], every: Sequence[Row], reasons: bool) -> list[Row]:
     """Of the rows that are there; `reasons`: the dense model was trained to solve its problems."""
     rows = {(row["baseline"], row["format"]): row for row in summary}
-    dense = rows["dense", ""]
     found = []
-
-    def check(what: str, limit: float, value: float, ok: bool) -> None:
-        found.append({"what": what, "limit": limit, "value": value, "ok": ok})
-
     if reasons:
-        least = min(value for key, value in dense.items() if key.endswith(" steps"))
-        check("dense: exact answers, of the worst length", SOLVES, least, least > SOLVES)
-    for (name, format), row in rows.items():
-        if format == "W8A8":
-            limit, value = NEAR * dense["perplexity"], row["worst_perplexity"]
-            check(f"{name} W8A8: perplexity within 1% of full precision on every draw", limit, value, value <= limit)
-    for name in ("AWQ", "GPTQ"):
-        if {(name, "W4A16"), ("RTN", "W4A16")} <= rows.keys():
-            limit, value = rows["RTN", "W4A16"]["kl"], rows[name, "W4A16"]["kl"]
-            check(f"{name} W4A16: KL below RTN's", limit, value, value < limit)
-    for name in ("GPTQ rotated", "FlatQuant"):
-        for plain in ("RTN", "AWQ", "GPTQ", "SmoothQuant"):
-            if {(name, "W4A4KV4"), (plain, "W4A4KV4")} <= rows.keys():
-                limit, value = rows[plain, "W4A4KV4"]["kl"], rows[name, "W4A4KV4"]["kl"]
-                check(f"W4A4KV4: KL of {name} below that of {plain}", limit, value, value < limit)
-    counts = [row["layers"] for key, row in rows.items() if key != ("dense", "")]
-    finite = all(isfinite(row["worst_spread"]) for key, row in rows.items() if key != ("dense", ""))
-    if counts:
-        what = "layers with a spread, of every recipe"
-        check(what, max(counts), min(counts), finite and min(counts) == max(counts) > 0)
-    return found
+        least = min(value for key, value in every[0].items() if key.endswith(" steps"))
+        what = "dense: exact answers, of the worst length"
+        found.append({"what": what, "limit": SOLVES, "value": least, "ok": least > SOLVES})
+    limit = NEAR * every[0]["perplexity"]
+    for name in (name for name, format in rows if format == "W8A8"):
+        value = max(row["perplexity"] for row in every if (row["baseline"], row["format"]) == (name, "W8A8"))
+        what = f"{name} W8A8: perplexity within 1% of full precision on every draw"
+        found.append({"what": what, "limit": limit, "value": value, "ok": value <= limit})
+    for format, better, worse in LOWER:
+        if {(better, format), (worse, format)} <= rows.keys():
+            limit, value = rows[worse, format]["kl"], rows[better, format]["kl"]
+            what = f"{format}: KL of {better} below {worse}'s"
+            found.append({"what": what, "limit": limit, "value": value, "ok": value < limit})
+    return found + _complete([row for key, row in rows.items() if key != ("dense", "")])
+
+
+def _complete(rows: Sequence[Row]) -> list[Row]:
+    """Every recipe has a spread of every layer."""
+    counts = [row["layers"] for row in rows]
+    ok = min(counts) == max(counts) > 0 and all(isfinite(row["layer_spread"]) for row in rows)
+    return [{"what": "layers with a spread, of every recipe", "limit": max(counts), "value": min(counts), "ok": ok}]

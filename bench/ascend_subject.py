@@ -30,8 +30,8 @@ from .tokens import by_length
 from .w4a4 import with_outliers_
 
 # Steps of the problems that are solved, and of the chains that are calibrated on.
-LENGTHS, CALIBRATED = (4, 10, 16), (4, 8, 12, 16)
-PROBLEMS, SEQUENCES = 40, 64  # of each length; of calibration data
+LENGTHS, CALIBRATED = (4, 8, 12), (4, 6, 9, 12)
+PROBLEMS, SEQUENCES = 32, 32  # of each length; of calibration data
 # Of other models' texts, and of what they answer, in tokens.
 LENGTH, HELD_OUT, NEW = 512, 32, 512
 BATCH = 8

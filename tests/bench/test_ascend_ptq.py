@@ -97,18 +97,35 @@ def test_every_recipe_parses_and_has_its_format():
 
 
 def test_checks_can_fail():
-    def row(name, width, kl, perplexity=1.0, exact=1.0):
-        measured = {"draw": 0, "perplexity": perplexity, "kl": kl, "4 steps": exact, "wrong": 0.0, "at_step": None}
-        return summed(name, width, [measured], spreads([{"a": 0.1}]) if width else [])
+    def drawn(name, width, kl, perplexity=1.0, exact=1.0):
+        return {"draw": 0, "baseline": name, "format": width, "perplexity": perplexity, "kl": kl, "4 steps": exact}
 
-    good = [row("dense", "", 0.0), row("RTN", "W4A16", 0.2), row("GPTQ", "W4A16", 0.1), row("GPTQ", "W8A8", 0.0)]
-    good += [row("RTN", "W4A4KV4", 0.9), row("FlatQuant", "W4A4KV4", 0.1)]
-    assert len(found := checks(good, True)) == 5
+    def checked(*rows, layers=None):
+        layers = layers or spreads([{"a": 0.1}])
+        summary = [summed(row["baseline"], row["format"], [row], layers if row["format"] else []) for row in rows]
+        return checks(summary, rows, True)
+
+    found = checked(
+        drawn("dense", "", 0.0),
+        drawn("RTN", "W4A16", 0.2),
+        drawn("GPTQ", "W4A16", 0.1),
+        drawn("GPTQ", "W8A8", 0.0),
+        drawn("RTN", "W4A4KV4", 0.9),
+        drawn("FlatQuant", "W4A4KV4", 0.1),
+    )
+    assert len(found) == 5
     assert all(check["ok"] for check in found)
-    bad = [row("dense", "", 0.0, exact=0.5), row("RTN", "W4A16", 0.1), row("GPTQ", "W4A16", 0.2)]
-    bad += [row("GPTQ", "W8A8", 0.0, perplexity=1.02), row("RTN", "W4A4KV4", 0.1), row("FlatQuant", "W4A4KV4", 0.9)]
-    bad[1] |= {"worst_spread": float("inf")}
-    assert not any(check["ok"] for check in checks(bad, True))
+    found = checked(
+        drawn("dense", "", 0.0, exact=0.5),
+        drawn("RTN", "W4A16", 0.1),
+        drawn("GPTQ", "W4A16", 0.2),
+        drawn("GPTQ", "W8A8", 0.0, perplexity=1.02),
+        drawn("RTN", "W4A4KV4", 0.1),
+        drawn("FlatQuant", "W4A4KV4", 0.9),
+        layers=spreads([{"a": 0.0}, {"a": 0.1}]),
+    )
+    assert len(found) == 5
+    assert not any(check["ok"] for check in found)
 
 
 def test_summary_over_draws():
@@ -135,7 +152,7 @@ def test_a_whole_run_and_its_tables(monkeypatch, capsys):
     assert len({row["kl"] for row in drawn[1:]}) == 4
     summary = {row["baseline"]: row for row in rows if "layers" in row}
     assert (summary["RTN"]["layers"], summary["GPTQ"]["layers"]) == (7, 7)
-    assert summary["GPTQ"]["worst_spread"] >= max(
+    assert summary["GPTQ"]["layer_spread"] >= max(
         row["spread"] for row in rows if row.get("baseline") == "GPTQ" and "spread" in row
     )
     assert not found[0]["ok"]  # after two steps of training
