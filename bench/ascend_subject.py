@@ -64,12 +64,13 @@ def own(seed: int, shape: DemoConfig, course: Sequence[Lesson], each: int = PROB
     chains = draw(LENGTHS, each * len(LENGTHS), random.Random(f"problems {seed}"))
     tokenizer = word_tokenizer()
     encoder = Encoder(tokenizer, shape.max_length)
-    model = trained_solver(tokenizer, shape, course, seed, {problem.question for problem in chains})
+    held_out = {problem.question for problem in chains}
+    model = trained_solver(tokenizer, shape, course, seed, held_out)
 
     def calibration(number: int) -> list[Tensor]:
         generator = random.Random(f"calibration {seed} {number}")
         count = SEQUENCES // len(CALIBRATED)
-        of_length = [draw((length,), count, generator) for length in CALIBRATED]
+        of_length = [draw((length,), count, generator, held_out) for length in CALIBRATED]
         whole = [encoder.batch([(a.question, a.answer) for a in alike]).input_ids for alike in of_length]
         return [part for ids in whole for part in ids.split(BATCH)]
 
