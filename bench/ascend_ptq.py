@@ -153,7 +153,8 @@ def draws(each: Baseline, subject: Subject) -> list[tuple[Row, dict[str, float]]
         if recipe.kv is not None:
             attach_kv_(model, recipe.kv)
         row = {"draw": number, "baseline": each.name, "format": each.format, **judged(model, subject)}
-        errors = {report.name: error(report) for report in reports if report.of != "logits"}
+        known = [(report.name, error(report)) for report in reports if report.of != "logits"]
+        errors = {name: value for name, value in known if value is not None}
         found.append((told(row | {"seconds": seconds}), errors))
     return found
 
@@ -162,15 +163,15 @@ def judged(model: PreTrainedModel, subject: Subject) -> Row:
     return {**closeness(model, subject.model, subject), **solved(model, subject)}
 
 
-def error(report: LayerReport) -> float:
-    """Of a layer's output: what its weight's rounding and its input's add to it, which are independent."""
-    return (report.error or 0.0) + (report.input_error or 0.0)
+def error(report: LayerReport) -> float | None:
+    """Of a layer's output: what its weight's rounding and its input's add to it, independently; None: without data."""
+    return None if report.error is None else report.error + (report.input_error or 0.0)
 
 
 def spreads(found: Sequence[dict[str, float]]) -> list[Layer]:
     """Every layer's error on each draw, and the largest over the smallest; the largest spread first."""
     layers = []
-    for name in found[0]:
+    for name in (name for name in found[0] if all(name in errors for errors in found)):
         errors = [errors[name] for errors in found]
         low, high = min(errors), max(errors)
         layers.append(Layer(name, errors, high / low if low else 1.0 if not high else inf))
@@ -225,11 +226,7 @@ def checks(summary: Sequence[Row], every: Sequence[Row], reasons: bool) -> list[
             limit, value = rows[worse, format]["kl"], rows[better, format]["kl"]
             what = f"{format}: KL of {better} below {worse}'s"
             found.append({"what": what, "limit": limit, "value": value, "ok": value < limit})
-    return found + _complete([row for key, row in rows.items() if key != ("dense", "")])
-
-
-def _complete(rows: Sequence[Row]) -> list[Row]:
-    """Every recipe has a spread of every layer."""
-    counts = [row["layers"] for row in rows]
-    ok = min(counts) == max(counts) > 0 and all(isfinite(row["layer_spread"]) for row in rows)
-    return [{"what": "layers with a spread, of every recipe", "limit": max(counts), "value": min(counts), "ok": ok}]
+    counts = [row["layers"] for key, row in rows.items() if key != ("dense", "")]
+    ok = min(counts) == max(counts) > 0 and all(isfinite(row["layer_spread"] or 0) for row in summary)
+    what = "layers with a spread, of every recipe"
+    return [*found, {"what": what, "limit": max(counts), "value": min(counts), "ok": ok}]

@@ -5,11 +5,12 @@ import random
 
 import pytest
 from remanence.bench import ascend_ptq, frame
-from remanence.bench.ascend_ptq import STUDY, Baseline, checks, spreads, summed
+from remanence.bench.ascend_ptq import STUDY, Baseline, checks, error, spreads, summed
 from remanence.bench.ascend_subject import Problem, final, given, own, scores
 from remanence.bench.chains import Lesson, chain, draw, first_wrong, word_tokenizer
 from remanence.compress.checkpoint import save_model
 from remanence.compress.recipe import parse_recipe
+from remanence.compress.sequential import LayerReport
 from remanence.unlearn.demo import DemoConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +86,13 @@ def test_spread_and_the_flag_of_unstable_layers():
     assert [layer.spread for layer in layers] == pytest.approx([3.0, 1.2, 1.0])
     assert spreads([{"a": 0.0}, {"a": 0.1}])[0].spread == float("inf")
     assert spreads([{"a": 0.1}])[0].spread == 1
+    assert [layer.name for layer in spreads([{"a": 0.1, "b": 0.1}, {"a": 0.1}])] == ["a"]
+
+
+def test_an_error_is_that_of_weight_and_input():
+    assert error(LayerReport("a", 0.01, "outputs", 0.0, input_error=0.02)) == pytest.approx(0.03)
+    assert error(LayerReport("a", 0.01, "outputs", 0.0)) == 0.01
+    assert error(LayerReport("a", None, "weights", 0.0)) is None
 
 
 def test_every_recipe_parses_and_has_its_format():
