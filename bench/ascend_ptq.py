@@ -27,7 +27,7 @@ from .ascend_subject import Subject, closeness, given, own, solved
 from .chains import COURSE, SHAPE, Lesson
 from .ptq_quality import told
 
-# The study's caches round every token, keys with a scale per token and head; ours would keep the newest 32 exact.
+# As QuaRot's caches: keys too with a scale per token and head; ours would keep the newest 32 tokens exact, besides.
 KV4 = "+kv_bits=4+kv_residual=0+kv_keys=token"
 
 
