@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from inspect import signature
+from itertools import groupby
 from typing import Any
 
 BENCHES = {
@@ -18,6 +19,10 @@ BENCHES = {
         "our quantizers beside GPTQModel's and llm-compressor's; what each brings back, by calibration data",
     ),
     "w4a4": ("w4a4", "activations and the KV cache in few bits: what each scheme costs, and what it brings back"),
+    "ascend-ptq": (
+        "ascend_ptq",
+        "the Ascend study's AWQ, GPTQ, SmoothQuant, FlatQuant on a model that reasons: accuracy, layers by draw",
+    ),
     "mixed": ("mixed", "a width for every layer, by every measure of sensitivity, beside one width for all"),
     "perp": ("perp", "pruned models retrained: what each group gives back, what it costs, what it brings back"),
     "evaluation": ("evaluation", "TOFU's whole evaluation in batches beside the same work one example at a time"),
@@ -39,12 +44,14 @@ def run(name: str, seed: int, **options: object) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print rows and checks as tables."""
+    """Print rows and checks as tables; rows that begin with another column start another."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    for title, rows in ((result["name"], result["rows"]), ("checks", result["checks"])):
+    tables = [list(rows) for _, rows in groupby(result["rows"], lambda row: next(iter(row)))]
+    titles = [result["name"], *[None] * len(tables)]
+    for title, rows in (*zip(titles, tables, strict=False), ("checks", result["checks"])):
         if not rows:
             continue
         table = Table(title=title, title_justify="left")

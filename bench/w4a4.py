@@ -185,8 +185,10 @@ def quality(
 
 
 @torch.no_grad()
-def with_outliers_(model: PreTrainedModel, batches: Sequence[Tensor], seed: int) -> PreTrainedModel:
-    """Make OUTLIERS channels behind every norm of the decoder layers FACTOR times as large, the function the same."""
+def with_outliers_(
+    model: PreTrainedModel, batches: Sequence[Tensor], seed: int, factor: float = FACTOR
+) -> PreTrainedModel:
+    """Make OUTLIERS channels behind every norm of the decoder layers `factor` times as large, the function the same."""
     generator = torch.Generator().manual_seed(seed)
     before = model(batches[0]).logits
     for layer in model.model.layers:
@@ -196,9 +198,9 @@ def with_outliers_(model: PreTrainedModel, batches: Sequence[Tensor], seed: int)
         )
         for norm, linears in readers:
             channels = torch.randperm(norm.weight.numel(), generator=generator)[:OUTLIERS]
-            norm.weight[channels] *= FACTOR
+            norm.weight[channels] *= factor
             for linear in linears:
-                linear.weight[:, channels] /= FACTOR
+                linear.weight[:, channels] /= factor
     after = model(batches[0]).logits
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
     return model

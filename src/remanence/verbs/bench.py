@@ -14,7 +14,8 @@ from .shared import Json, Seed, names, quiet, say, usage
 def bench(
     name: Annotated[str, typer.Argument(help="A benchmark; without one, their names.")] = "",
     methods: Annotated[
-        str | None, typer.Option(help="unlearning, ptq, w4a4: these methods only, comma-separated; mixed: measures.")
+        str | None,
+        typer.Option(help="unlearning, ptq, w4a4, ascend-ptq: these methods only, by comma; mixed: measures."),
     ] = None,
     data_dir: Annotated[
         str | None,
@@ -32,6 +33,13 @@ def bench(
     limit_gib: Annotated[float | None, typer.Option(help="streaming: of the memory it may take.")] = None,
     marlin: Annotated[
         str | None, typer.Option(help="kernels: a checkout of Marlin's repository, as a peer on the GPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="ascend-ptq: cpu, or an accelerator such as cuda:0.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="ascend-ptq: a causal language model, in place of the one trained here.")
+    ] = None,
+    problems: Annotated[
+        str | None, typer.Option(help="ascend-ptq: with --model, JSON lines of question and answer.")
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     seed: Seed = 0,
@@ -60,6 +68,9 @@ def bench(
         "gib": gib,
         "limit_gib": limit_gib,
         "marlin": marlin,
+        "device": device,
+        "model": model,
+        "problems": problems,
     }
     if not peers:
         asked["peers"] = False
@@ -67,7 +78,7 @@ def bench(
     from ..machine import device_for_run, environment
 
     quiet()
-    device_for_run("cpu", say)
+    usage(device_for_run, device or "cpu", say)
     result = {"name": name, "environment": environment(), **usage(run, name, seed, **options)}
     if as_json:
         print(json.dumps(result, indent=1))
