@@ -23,6 +23,7 @@ BENCHES = {
         "ascend_ptq",
         "the Ascend study's AWQ, GPTQ, SmoothQuant, FlatQuant on a model that reasons: accuracy, layers by draw",
     ),
+    "ascend": ("ascend", "the Ascend backend, as deep as this machine can look: each layer of it is a check"),
     "mixed": ("mixed", "a width for every layer, by every measure of sensitivity, beside one width for all"),
     "perp": ("perp", "pruned models retrained: what each group gives back, what it costs, what it brings back"),
     "evaluation": ("evaluation", "TOFU's whole evaluation in batches beside the same work one example at a time"),

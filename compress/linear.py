@@ -122,8 +122,11 @@ class QuantLinear(nn.Module):
         return torch.ops.remanence.prepacked_integer_linear(x, *grid, *weight, a.bits, a.grid, a.clip)
 
     def _here(self, device: torch.device) -> bool:
-        packed = self._buffers["packed"]
-        return packed is None or packed.device == device
+        """Whether the weight lies there: it may serve a device from another."""
+        if self.laid is not None:
+            return self.laid.device == device
+        held = self._buffers["packed"] if self.blocks is None else self.blocks
+        return held is not None and held.device == device
 
     def _on_npu(self, x: Tensor) -> Tensor:
         from ..kernels.ascend import products

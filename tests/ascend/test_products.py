@@ -150,7 +150,10 @@ def test_a_wrong_call_is_noticed(line):
         ("f(Tensor x) -> Tensor", "lacks a"),
         ("f(Tensor x, int a=1) -> Tensor", "has another a: int=1"),
         ("f(Tensor x, float a=0.0) -> Tensor", "has another a: float=0.0"),
-        ("f(Tensor x, *, int a=0) -> Tensor", "has another a: int=0, by name alone"),
+        (
+            "f(Tensor x, *, int a=0) -> Tensor",
+            "has another a: int=0, by name alone; has its arguments in another order: x",
+        ),
         ("f(Tensor x, int b, int a=0) -> Tensor", "has its arguments in another order: x, b, a; asks for b"),
         ("f(Tensor x, int a=0) -> (Tensor, Tensor)", "returns Tensor, Tensor"),
     ],

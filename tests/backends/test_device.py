@@ -117,22 +117,23 @@ def test_no_peak_is_guessed(monkeypatch, change):
 
 
 @pytest.mark.parametrize(
-    ("spec", "expected"), [("auto", ("auto", 0)), ("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:12", ("cuda", 12))]
+    ("spec", "expected"),
+    [
+        ("auto", ("auto", 0)),
+        ("cpu", ("cpu", 0)),
+        ("cuda", ("cuda", 0)),
+        ("cuda:12", ("cuda", 12)),
+        ("npu:3", ("npu", 3)),
+    ],
 )
 def test_names(spec, expected):
     assert parse_device(spec) == expected
 
 
-@pytest.mark.parametrize("spec", ["tpu", "cpu:0", "cuda:", "cuda:-1", "CUDA", "", "auto:1", "cuda:1 "])
+@pytest.mark.parametrize("spec", ["tpu", "cpu:0", "npu:", "cuda:", "cuda:-1", "CUDA", "", "auto:1", "cuda:1 "])
 def test_no_name(spec):
-    with pytest.raises(ValueError, match=r"^device: .* is not one of auto, cpu, cuda, cuda:N"):
+    with pytest.raises(ValueError, match=r"^device: .* is not one of auto, cpu, cuda, cuda:N, npu, npu:N"):
         parse_device(spec)
-
-
-@pytest.mark.parametrize("spec", ["npu", "npu:1"])
-def test_an_npu_is_not_built_in_yet(spec):
-    with pytest.raises(ValueError, match="not built in yet; choose auto"):
-        device(spec)
 
 
 @pytest.mark.usefixtures("no_cuda")

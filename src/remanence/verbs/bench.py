@@ -25,7 +25,8 @@ def bench(
         str | None,
         typer.Option(
             help="ptq: of quality, layers, recovery; w4a4: of quality, recovery; perp: of quality, cost, recovery; "
-            "mixed: of quality, sources; kernels: of linear, model, gpu."
+            "mixed: of quality, sources; kernels: of linear, model, gpu; "
+            "ascend: of operators, device, schemas, wheel."
         ),
     ] = None,
     peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,
