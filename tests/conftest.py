@@ -1,5 +1,6 @@
 """What all tests share: the check that the package is installed, the real data, one small model trained for real."""
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -17,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def _interpret_triton():
     """Without a GPU Triton's kernels run in its interpreter. It is chosen when Triton is imported, and many a library
     imports it: so before the first test file, for the whole process."""
+    with contextlib.suppress(ImportError):  # of which pytest_configure has a word to say
+        import remanence  # noqa: F401  # before torch: with a torch-npu that cannot be loaded it would not import
     import torch
 
     if importlib.util.find_spec("triton") and not torch.cuda.is_available():
