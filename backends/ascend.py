@@ -118,6 +118,7 @@ class AscendDevice:
     """NPU `index`. Making it asks nothing of torch-npu, without which torch does not know the name "npu"."""
 
     kind = NAME
+    float64 = False  # torch-npu makes float32 of it, with a warning
 
     def __init__(self, index: int) -> None:
         self.index = index

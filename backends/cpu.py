@@ -21,6 +21,7 @@ class CpuDevice:
     """The processor, and as many of its cores as this process may use."""
 
     name = kind = "cpu"
+    float64 = True
     torch_device = torch.device("cpu")
 
     def info(self) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class CudaDevice:
     """CUDA device `index`. Making it asks nothing of CUDA."""
 
     kind = "cuda"
+    float64 = True
 
     def __init__(self, index: int) -> None:
         self.name = f"cuda:{index}"

@@ -43,10 +43,12 @@ class Memory(Protocol):
 
 
 class Device(Protocol):
-    """One device. name: as torch writes it, "cpu" or "cuda:0"; kind: "cpu", "cuda" or "npu"."""
+    """One device. name: as torch writes it, "cpu" or "cuda:0"; kind: "cpu", "cuda" or "npu"; float64: whether it
+    computes in it, as quantizers do."""
 
     name: str
     kind: str
+    float64: bool
 
     @property
     def torch_device(self) -> torch.device: ...

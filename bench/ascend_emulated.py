@@ -63,6 +63,16 @@ class NpuTensor(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"NpuTensor({self.held})"
 
+    # Where it lies tells tensors apart; the wrapper itself lies nowhere.
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def tolist(self) -> Any:  # which torch refuses of a wrapper
+        return self.held.tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})

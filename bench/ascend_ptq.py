@@ -16,8 +16,10 @@ from math import inf, isfinite
 from statistics import fmean
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from ..backends.device import Device
 from ..backends.device import device as device_named
 from ..compress.kv_attach import attach_kv_
 from ..compress.recipe import parse_recipe
@@ -106,7 +108,7 @@ def run(
 ) -> tuple[list[Row], list[Row]]:
     """(rows, checks).
 
-    device     where the model is compressed, read and generates
+    device     where the model is compressed, read and generates; one without float64 does not compress, the CPU does
     model      a causal language model; None: one that is trained here, on the CPU
     data_dir   for `model`: a directory with WikiText-2's valid.txt and test.txt; None: the generated people's texts
     problems   for `model`: a file of questions and answers (JSON lines), answered exactly or not
@@ -122,7 +124,7 @@ def run(
     every, summary = [dense], [summed("dense", "", [dense], [])]
     layers: list[Row] = []
     for each in chosen:
-        found = draws(each, subject)
+        found = draws(each, subject, where)
         table = spreads([errors for _, errors in found])
         every += [row for row, _ in found]
         summary.append(summed(each.name, each.format, every[-len(found) :], table))
@@ -140,16 +142,18 @@ def baselines(methods: Sequence[str]) -> list[Baseline]:
     return [each for each in STUDY if not methods or each.name in methods]
 
 
-def draws(each: Baseline, subject: Subject) -> list[tuple[Row, dict[str, float]]]:
+def draws(each: Baseline, subject: Subject, where: Device) -> list[tuple[Row, dict[str, float]]]:
     """A row for every draw of calibration data, with the error of every layer."""
     recipe = parse_recipe(each.recipe)
+    there = where.torch_device if where.float64 else torch.device("cpu")
     found = []
     for number in range(DRAWS if recipe.calibrated else 1):
         reports: list[LayerReport] = []
         batches = subject.calibration(number) if recipe.calibrated else ()
         start = time.perf_counter()
-        model = compress_(copy.deepcopy(subject.model), recipe, batches, reports.append)
+        model = compress_(copy.deepcopy(subject.model).to(there), recipe, batches, reports.append)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
+        model.to(where.torch_device)  # type: ignore[arg-type]
         if recipe.kv is not None:
             attach_kv_(model, recipe.kv)
         row = {"draw": number, "baseline": each.name, "format": each.format, **judged(model, subject)}

@@ -198,7 +198,15 @@ def _device(asked: str, recipe: Recipe, say: Callable[[str], None]) -> str:
     if whole(recipe) and asked not in ("auto", "cpu"):
         raise UsageError(f"device: {recipe} is made on the CPU, with the whole model in memory; leave {asked} out")
     try:
-        return device_for_run("cpu" if whole(recipe) else asked, say).name
+        taken = device_for_run("cpu" if whole(recipe) else asked, say)
+        if taken.float64:
+            return taken.name
+        if asked != "auto":
+            raise UsageError(
+                f"device: {asked} has no float64, in which layers are quantized; cpu: what it makes runs there"
+            )
+        say(f"layers are quantized in float64, which {taken.name} has not: on the CPU")
+        return device_for_run("cpu", say).name
     except ValueError as error:
         raise UsageError(str(error)) from None
 

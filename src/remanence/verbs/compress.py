@@ -25,7 +25,7 @@ def compress(
     data: Annotated[str | None, typer.Option(help="tofu or people: retain and forget rows of that data.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="TOFU's files (default: from the hub).")] = None,
     text: Annotated[str | None, typer.Option(help="A file of running text, for calibration.")] = None,
-    device: Annotated[str, typer.Option(help="auto (a GPU or NPU where one works), cpu, cuda:N or npu:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a CUDA GPU where one works), cpu, cuda or cuda:N.")] = "auto",
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Store 2:4 layers without their zeros, for load_model alone.")
     ] = False,
