@@ -33,7 +33,7 @@ class Product:
 PRODUCTS = {
     product.name: product
     for product in (
-        *(Product(f"910B{i}", "Atlas A2", rf"Ascend910B{i}(C)?") for i in range(1, 5)),
+        *(Product(f"910B{i}", "Atlas A2", rf"Ascend910B{i}(C|-1)?") for i in range(1, 5)),
         Product("910C", "Atlas A3", r"Ascend910_93\d\d"),
         Product(
             "310P", "Atlas 310P", r"Ascend310P\d?", bfloat16=False, int4=False, per_token=False, fused=False, sums=False

@@ -28,14 +28,32 @@ def guard() -> None:
     if "torch" in sys.modules:  # its own loading was switched off
         load()
         return
-    before = os.environ.get(SWITCH)
+    if os.environ.get(SWITCH) == "0":
+        _check_cann()
+        return
     os.environ[SWITCH] = "0"
+    after_import("torch", _load_backends)
 
-    def loaded(_: object) -> None:
-        if load() is None:
-            os.environ.pop(SWITCH) if before is None else os.environ.update({SWITCH: before})
 
-    after_import("torch", loaded)
+def _load_backends(_: object) -> None:
+    """What torch would have done: torch-npu first, and then the backends of others."""
+    if load() is None:
+        os.environ[SWITCH] = "1"  # torch's default
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="torch.backends"):
+        if point.module != PACKAGE:
+            point.load()()
+
+
+def _check_cann() -> None:
+    """It is not to be loaded, but other libraries would: without CANN it is hidden from them."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libhccl.so")
+    except OSError as error:
+        _hide(f"ImportError: {error}")
 
 
 def load() -> str | None:
@@ -44,13 +62,20 @@ def load() -> str | None:
         return _failed[0]
     try:
         __import__(PACKAGE)
+        if not hasattr(sys.modules["torch"], "npu"):
+            raise ImportError("its files are not complete")
     except Exception as error:  # torch-npu raises ImportError, RuntimeError, OSError and plain Exception
-        for name in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
-            del sys.modules[name]
-        sys.modules[PACKAGE] = None  # type: ignore[assignment]  # importlib finds no such package then
-        _failed.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        said = str(error).strip().splitlines()
+        _hide(f"{type(error).__name__}: {said[0] if said else 'no reason given'}")
         return _failed[0]
     return None
+
+
+def _hide(reason: str) -> None:
+    for name in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
+        del sys.modules[name]
+    sys.modules[PACKAGE] = None  # type: ignore[assignment]  # importlib finds no such package then
+    _failed.append(reason)
 
 
 def failure() -> str | None:

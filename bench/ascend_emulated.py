@@ -40,6 +40,7 @@ def install(chip: str = "Ascend910B4") -> None:
     module: Any = torch.npu  # type: ignore[attr-defined]
     type(module).get_device_name = staticmethod(lambda *_: chip)
     ascend_reference.install()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter's wrapper goes with what it holds
     library = torch.library.Library("aten", "IMPL", "PrivateUse1")
     for name, made in _MAKERS.items():
         library.impl(name, made)

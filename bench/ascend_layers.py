@@ -79,10 +79,13 @@ def _one(layer: Layer, product: str, transform: nn.Module | None, generator: tor
     n, k, dtype, inputs = layer.n, layer.k, layer.dtype, layer.inputs
     codes = torch.randint(0, 2**layer.bits, (n, k), dtype=torch.uint8, generator=generator)
     packed, shape = ops.pack(codes, layer.bits), (n, k // layer.group)
-    scale = (torch.rand(shape, generator=generator) * 0.02 + 1e-3).to(dtype)
+    kinds = list(LIMITS)
+    scale_dtype, bias_dtype = (kinds[int(i)] for i in torch.randint(0, len(kinds), (2,), generator=generator))
+    scale = (torch.rand(shape, generator=generator) * 0.02 + 1e-3).to(scale_dtype)
     zero = torch.randint(0, 2**layer.bits, shape, dtype=torch.uint8, generator=generator)
     stored = packed, scale, None if layer.symmetric else zero
-    x, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((ROWS, k), (n,)))
+    x = torch.randn(ROWS, k, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator).to(bias_dtype)
     static = None
     if inputs is not None and not inputs.dynamic:
         shift = 3 if inputs.grid == ops.ASYMMETRIC else 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +73,7 @@ def beside_the_cpu(name: str, recipe: str, dtype: torch.dtype) -> dict[str, Any]
     """The model on the CPU, then on the emulated NPU.
 
     off        norm of the difference of logits, of the logits' norm
+    layer_off  the same of a packed layer's output, both given what it has been given on the CPU; the worst one's
     tokens     generated otherwise than on the CPU, of two rows padded on the left
     operators  of torch-npu, how often they were called
     same       whether the state_dict is the same, and the model again what it was once it is back on the CPU
@@ -83,8 +86,11 @@ def beside_the_cpu(name: str, recipe: str, dtype: torch.dtype) -> dict[str, Any]
     mask = torch.ones_like(ids)
     ids[0, :4], mask[0, :4] = 0, 0
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    logits, served = model(ids, attention_mask=mask).logits, _generate(model, ids, mask)
+    with _watched(model) as seen:
+        logits = model(ids, attention_mask=mask).logits
+    served = _generate(model, ids, mask)
     model.to("npu")
+    layer_off = max(_layer_off(layer, *given) for layer, given in seen.items())
     calls.clear()
     there = model(ids.to("npu"), attention_mask=mask.to("npu")).logits
     operators = Counter(calls)
@@ -100,10 +106,33 @@ def beside_the_cpu(name: str, recipe: str, dtype: torch.dtype) -> dict[str, Any]
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(there.device),
         "off": float(off),
+        "layer_off": layer_off,
         "tokens": int((told != served).sum()),
         "operators": dict(operators),
         "same": all(torch.equal(before[key], after[key]) for key in before) and torch.equal(again, logits),
     }
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[dict[Any, tuple[torch.Tensor, torch.Tensor]]]:
+    """Input and output of every packed layer."""
+    from ..compress.linear import QuantLinear
+
+    seen: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(layer: Any, args: Any, output: torch.Tensor) -> None:
+        seen[layer] = args[0], output
+
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def _layer_off(layer: Any, x: torch.Tensor, expected: torch.Tensor) -> float:
+    found = layer(x.to("npu")).cpu().double()
+    return float((found - expected.double()).norm() / expected.double().norm())
 
 
 def _generate(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -76,15 +76,15 @@ def words(values: Tensor) -> Tensor:
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """A weight as [K, N] int64. Eight codes in an int32 lie along the axis that is contiguous."""
+    """A weight as [K, N] int64. Eight codes in an int32 lie along the axis that is contiguous; where strides leave both
+    open, torch-npu takes it for a transpose."""
     if weight.dtype != torch.int32:
         return weight.to(torch.int64)
     _demand(_product[0].int4, "int32 weights, of eight int4, are not supported")
-    if weight.is_contiguous():
-        return nibbles(weight)
-    _demand(weight.t().is_contiguous(), "an int4 weight is contiguous, or the transpose of one that is")
-    _demand(tuple(weight.t().shape) != (1, 1), "an int4 weight (1, 8) cannot be transposed")
-    return nibbles(weight.t()).t()
+    if weight.stride(0) == 1 and weight.stride(1) == weight.shape[0]:
+        return nibbles(weight.t()).t()
+    _demand(weight.is_contiguous(), "an int4 weight is contiguous, or the transpose of one that is")
+    return nibbles(weight)
 
 
 def _weight_quant_batchmatmul(
@@ -165,6 +165,8 @@ def _quant_matmul(
         sums = sums + bias
     if out == torch.int32:
         return sums.to(torch.int64).to(torch.int32)
+    if pertoken_scale is None and out == torch.float16:  # it goes through npu_trans_quant_param, which keeps 19 bits
+        scale = (scale.contiguous().view(torch.int32) & ~(2**13 - 1)).view(torch.float32)
     y = sums * scale.double() * (1 if pertoken_scale is None else pertoken_scale.double()[:, None])
     y = y + bias.double() if bias is not None and bias.dtype != torch.int32 else y
     return y.round().clamp(-128, 127).to(torch.int8) if out == torch.int8 else y.to(out)

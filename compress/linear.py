@@ -219,7 +219,8 @@ class QuantLinear(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _STORED and self._laid_out():
+        stale = name in _STORED or (name in ("activation", "transform") and self.__dict__.get("laid") is not None)
+        if stale and self._laid_out():
             self.unprepack_()  # else the run-time layout would go on as it was
         super().__setattr__(name, value)
 

@@ -71,7 +71,9 @@ def explain(case: Case) -> Choice:
     """The kernel that multiplies `case`, and why not the others; ValueError, as from the op, where none does."""
     _check(case)
     reasons = {kernel.name: kernel.supports(case) for kernel in KERNELS}
-    chosen = next(kernel for kernel in KERNELS if reasons[kernel.name] is None)
+    chosen = next((kernel for kernel in KERNELS if reasons[kernel.name] is None), None)
+    if chosen is None:
+        raise ValueError(reasons["torch-npu"])
     others = {name: reason or f"{chosen.name} goes before it" for name, reason in reasons.items()}
     del others[chosen.name]
     return Choice(chosen.name, chosen.arithmetic(case), others)
@@ -79,11 +81,13 @@ def explain(case: Case) -> Choice:
 
 def summary(device: str) -> str:
     """What multiplies on a kind of device, in a few words; with the reason where it is plain torch."""
-    choice = explain(Case(device))
+    try:
+        choice = explain(Case(device))
+    except ValueError as refusal:
+        return f"none for bfloat16: {refusal}"
     if choice.kernel != "reference":
         return choice.kernel
-    own = {"cuda": "triton", "npu": "torch-npu"}.get(device, "scalar")
-    return f"plain torch ({choice.others[own]})"
+    return f"plain torch ({choice.others['triton' if device == 'cuda' else 'scalar']})"
 
 
 def _check(case: Case) -> None:
@@ -152,8 +156,8 @@ def _ascend(case: Case) -> str | None:
     return None
 
 
-def _reference(_case: Case) -> str | None:
-    return None
+def _reference(case: Case) -> str | None:
+    return "an NPU has torch-npu's operators, or none" if case.device == "npu" else None
 
 
 _X86, _ARM = ("x86_64", "AMD64", "amd64"), ("aarch64", "arm64")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...backends.ascend_products import Product, product_named
 from ..checks import check_range
 from ..reference import ASYMMETRIC, packed_width
-from .routes import EXPANDED, KRONECKER_TOKENS, Inputs, Layer, route
+from .routes import EXPANDED, FUSED, KRONECKER_TOKENS, Inputs, Layer, route
 from .weights import AscendWeight
 
 Static = tuple[Tensor, Tensor]  # scale float32 [1] and zero int32 [1] of an input
@@ -165,10 +165,12 @@ def _rounded(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """codes of x [M, K] (int8, or int32 of eight), scale float32 [M] or [1], zero int32 [M] or [1], or None."""
     way, int4 = weight.route.rounding, weight.route.held == "int4"
+    if transform is None and way in FUSED:  # it was applied before, for the sake of gradients
+        way = "npu_dynamic_quant" if inputs.clip == 1 else "torch"
     if way == "npu_kronecker_quant":
-        return *_kronecker(x, inputs, transform), None
+        return *_kronecker(x, inputs, weight.maps(transform, x.dtype)), None
     if way == "npu_rotate_quant":
-        rotation = _dense(transform).to(x)
+        (rotation,) = weight.maps(transform, x.dtype)
         kind = torch.quint4x2 if int4 else torch.int8
         return *torch.ops.npu.npu_rotate_quant(x, rotation, dst_dtype=kind), None
     x = x if transform is None else transform(x)
@@ -183,19 +185,14 @@ def _rounded(
     return (_packed(codes) if int4 else codes), scale, zero
 
 
-def _kronecker(x: Tensor, inputs: Inputs, transform: Any) -> tuple[Tensor, Tensor]:
-    rows = (x.float() / transform.scale).to(x.dtype).unflatten(1, inputs.factors)  # [M, n1, n2]
-    left, right = transform.left.T.contiguous().to(x), transform.right.contiguous().to(x)
+def _kronecker(x: Tensor, inputs: Inputs, maps: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    left, right, scale = maps
+    rows = (x.float() / scale).to(x.dtype).unflatten(1, inputs.factors)  # [M, n1, n2]
     made = [
         torch.ops.npu.npu_kronecker_quant(some, left, right, clip_ratio=inputs.clip, dst_dtype=torch.int32)
         for some in rows.split(KRONECKER_TOKENS)
     ]
     return torch.cat([codes.flatten(1) for codes, _ in made]), torch.cat([scale for _, scale in made])
-
-
-def _dense(transform: Any) -> Tensor:
-    """R [K, K] with x' = x R."""
-    return transform(torch.eye(len(transform.signs), device=transform.signs.device))
 
 
 def _by_torch(x: Tensor, inputs: Inputs, static: Static | None) -> tuple[Tensor, Tensor, Tensor | None]:

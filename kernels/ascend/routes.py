@@ -17,6 +17,8 @@ WEIGHT_ONLY = "npu_weight_quant_batchmatmul"
 INTEGER = "npu_quant_matmul"
 EXPANDED = "mm"  # no operator of torch-npu: the weight made float32, and torch's product
 MOST = 65535  # features on either side of a product
+_WIDEST = 65528  # outputs of one product: int4 is padded to eights
+FUSED = ("npu_kronecker_quant", "npu_rotate_quant")  # that turn x and round it
 LAYOUTS = ("auto", "nd", "nz")
 _NZ_GROUPS = (64, 128)
 KRONECKER_TOKENS = 32768  # rows that npu_kronecker_quant takes at once: later releases of CANN take more
@@ -66,7 +68,7 @@ class Route:
     held      "int4" (eight codes in an int32) or "int8"
     along     the axis that int4 codes lie along in memory: "n", or "k" of a weight that is then transposed
     nz        the weight is in the device's own layout FRACTAL_NZ
-    parts     rows of the weight in each call: an operator takes no more than MOST
+    parts     rows of the weight in each call, for an operator takes no more than MOST
     group     what the operator is told: 0 where a row has one scale
     rounding  what rounds x: an operator of torch-npu, "torch", or "" where nothing does
     sums      the operator gives integers, which are scaled by torch
@@ -115,14 +117,13 @@ def _weight_only(layer: Layer, product: Product, layout: str) -> Route:
         return Route(EXPANDED, "int8", parts=parts, notes=(*notes, note))
     group = 0 if layer.group == layer.k else layer.group
     if group % 32:
-        raise ValueError(
-            f"group_size: {group} is not supported on {product.name}: {_groups(layer.k)}, or one scale per channel"
-        )
-    if layer.bits == 8 or not product.int4:
-        if layout == "nz" and not product.int4:
-            raise ValueError(f"layout: nz of int8 weights runs on {product.name} in graph mode alone: nd")
+        raise ValueError(f"group_size: {group} is not supported on {product.name}: {_groups(layer.k)}")
+    if layout == "nz":
+        notes = (*notes, "nz is for graph mode (torchair); by itself the operator takes nd")
+    if layer.bits == 8 or not product.int4 or layer.k == 1:  # of one int4 input torch-npu takes eight for one output
         if layer.bits < 8:
-            notes = (*notes, f"{product.name} has no 4-bit weights: codes of {layer.bits} bits are held as int8")
+            why = f"{product.name} has no 4-bit weights" if not product.int4 else "one input"
+            notes = (*notes, f"{why}: codes of {layer.bits} bits are held as int8")
         return Route(WEIGHT_ONLY, "int8", nz=layout == "nz", parts=parts, group=group, notes=notes)
     if layer.bits < 4:
         notes = (*notes, f"codes of {layer.bits} bits are held as int4")
@@ -139,14 +140,16 @@ def _check_nz(layer: Layer, product: Product, group: int) -> None:
         raise ValueError(f"group_size: {group} is not supported here: 64 or 128 ({where}), or the layout nd")
     if group and layer.n % 64:
         raise ValueError(f"out_features: {layer.n} is not a multiple of 64, which groups need {where}; nd would do")
-    if not group and layer.k % 8:
-        raise ValueError(f"in_features: {layer.k} is not a multiple of 8, which int4 needs {where}; nd would do")
+    if not group and (layer.k % 64 or layer.n % 16):
+        raise ValueError(
+            f"in_features: {layer.n} x {layer.k} are not multiples of 16 x 64, which int4 needs {where}; nd would do"
+        )
 
 
 def _groups(k: int) -> str:
-    """The widths that a product takes for k features, the common ones."""
-    fitting = [width for width in (32, 64, 128, 256) if k % width == 0 and width < k]
-    return " or ".join(map(str, fitting)) if fitting else "multiples of 32 below it"
+    """The widths that a product takes for k features, the common ones, in words."""
+    fitting = [str(width) for width in (32, 64, 128, 256) if k % width == 0 and width < k]
+    return ", ".join([*fitting, "or one scale per channel"]) if fitting else "one scale per channel"
 
 
 def _integer(layer: Layer, product: Product, layout: str) -> Route:
@@ -205,7 +208,7 @@ def _rounding(layer: Layer, inputs: Inputs, product: Product, int4: bool) -> str
     """The fused operators round on the narrow grid, and no other; npu_quantize rounds on a given one."""
     if not inputs.dynamic:
         return "npu_quantize" if inputs.bits == 8 else "torch"
-    if inputs.grid != NARROW or layer.dtype == torch.float32 or (inputs.bits == 4 and not int4):
+    if inputs.grid != NARROW or layer.dtype == torch.float32 or not (int4 or inputs.bits == 8):
         return "torch"
     if inputs.transform == "kronecker" and int4 and product.fused and _multiplies(inputs.factors):
         return "npu_kronecker_quant"
@@ -226,8 +229,8 @@ def _rotates(k: int, factors: tuple[int, ...]) -> bool:
 
 def _parts(n: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Rows of each call, equal parts but for the last, and multiples of 64; and a note where there are several."""
-    count = -(-n // MOST)
+    count = -(-n // _WIDEST)
     width = -(-n // count)
-    width = min(-(-width // 64) * 64, MOST // 64 * 64) if count > 1 else width
+    width = min(-(-width // 64) * 64, _WIDEST // 64 * 64) if count > 1 else width
     parts = tuple(min(width, n - start) for start in range(0, n, width))
     return parts, (f"{n} output features: {len(parts)} products",) if len(parts) > 1 else ()

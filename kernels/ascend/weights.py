@@ -10,6 +10,7 @@ Made on the host: the device's own operators for bits and bytes are few.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,13 @@ def unpack_int4(words: torch.Tensor) -> torch.Tensor:
     return torch.where(nibbles > 7, nibbles - 16, nibbles).to(torch.int8).flatten(-2)
 
 
+def _to_19_bits(scale: torch.Tensor) -> torch.Tensor:
+    """float32 [n], rounded to what npu_quant_matmul keeps of it for float16 products: it would cut off the 13 lowest
+    bits, and make every product a little smaller."""
+    bits = scale.cpu().view(torch.int32) + 2**12
+    return (bits & ~(2**13 - 1)).view(torch.float32).to(scale.device)
+
+
 class AscendWeight:
     """The weight [N, K] of a layer on its device, laid out for the layer's route.
 
@@ -64,6 +72,7 @@ class AscendWeight:
         self.parts = [self._lay(rows.to(torch.int8)) for rows in codes.split(way.parts)]
         self._grids: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self._sums: list[torch.Tensor] | None = None
+        self._maps: dict[torch.dtype, tuple[torch.Tensor, ...]] = {}
         self._fixed: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor | None]]] | None = None
 
     def _lay(self, codes: torch.Tensor) -> torch.Tensor:
@@ -95,7 +104,7 @@ class AscendWeight:
     def _grid(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         scale = self.scale[rows].float()
         held = scale.to(dtype)
-        lost = (held == 0) & (scale != 0) | ~held.isfinite() & scale.isfinite()
+        lost = ~((held.float() - scale).abs() <= 2.0**-8 * scale.abs()) & scale.isfinite()
         if lost.any():
             raise ValueError(f"scale: {scale[lost][0]:g} is not held by {dtype}; bfloat16 has the range of float32")
         offset = None if self.zero is None else (2.0 ** (self.layer.bits - 1) - self.zero[rows].float()).to(dtype)
@@ -112,8 +121,22 @@ class AscendWeight:
         if self._fixed is None or self._fixed[0] is not scale:
             shifts = [None] * len(self.parts) if zero is None else [-(zero * sums[0]) for sums in self.sums()]
             grids = [w_scale[0] * scale for w_scale, _ in self.grids(torch.float32)]
+            if self.layer.dtype == torch.float16:
+                grids = [_to_19_bits(grid) for grid in grids]
             self._fixed = scale, list(zip(grids, shifts, strict=True))
         return self._fixed[1]
+
+    def maps(self, transform: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Of what stands in front of the layer, as the fused operators read it, in `dtype`: left^T, right and the
+        float32 scale of a Kronecker product, or the rotation R [K, K] with x' = x R. Kept."""
+        if dtype not in self._maps:
+            if hasattr(transform, "left"):
+                left, right = transform.left.T.contiguous(), transform.right.contiguous()
+                self._maps = {dtype: (left.to(dtype), right.to(dtype), transform.scale)}
+            else:
+                unit = torch.eye(self.layer.k, device=transform.signs.device)
+                self._maps = {dtype: (transform(unit).to(dtype),)}
+        return self._maps[dtype]
 
     def zeros(self, rows: slice) -> torch.Tensor | None:
         """Of a part, int32 [G, n], on the scale of the signed codes; None: there are none."""

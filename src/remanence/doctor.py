@@ -15,7 +15,7 @@ from .config import default_cache
 from .kernels.ascend.schemas import drift, release
 from .kernels.limits import peaks, read_bandwidth
 from .kernels.ops import available_isas
-from .kernels.registry import Case, explain
+from .kernels.registry import Case, Choice, explain
 from .machine import described, environment
 
 _EXTRAS = {
@@ -53,7 +53,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def _device(each: Device) -> dict[str, Any]:
-    choices = {name: explain(Case(each.kind, **case)) for name, case in _INPUTS.items()}
+    choices = {name: _choice(Case(each.kind, **case)) for name, case in _INPUTS.items()}
     measured = _measured() if each.kind == "cpu" else {}
     return {
         **each.info(),
@@ -63,6 +63,13 @@ def _device(each: Device) -> dict[str, Any]:
         "kernels": {name: asdict(choice) for name, choice in choices.items()},
         **(_ascend(each) if isinstance(each, AscendDevice) else {}),
     }
+
+
+def _choice(case: Case) -> Choice:
+    try:
+        return explain(case)
+    except ValueError as refusal:
+        return Choice("none", str(refusal), {})
 
 
 def _ascend(npu: AscendDevice) -> dict[str, Any]:

@@ -81,6 +81,50 @@ def test_gradients_are_those_of_the_cpus_op(inputs, dtype):
         torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype == torch.float16 else 1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["kronecker", "hadamard"])
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+def test_gradients_pass_a_transform_that_is_fused_without_them(kind, clip):
+    """The operators that turn and round at once have none: the transform goes first then."""
+    generator = torch.Generator().manual_seed(0)
+    transform = ascend_layers._transform(kind, 128, generator)
+    sizes = (8, 16) if kind == "kronecker" else (128,)
+    inputs = Inputs(4, grid=ops.NARROW, clip=clip, transform=kind, factors=sizes)
+    stored, weight = layer_of(generator, k=128, inputs=inputs, group=128)
+    leaf = torch.randn(3, 128, generator=generator).half().requires_grad_()
+    found = products.linear(leaf, weight, None, None, transform)
+    wanted = ops.integer_linear(transform(leaf), *stored, None, 4, 4, ops.NARROW, clip)
+    assert (found.float() - wanted.float()).norm() < 2e-3 * wanted.float().norm()
+    found.float().sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    with torch.no_grad():  # as it is served: turned in 16 bits
+        served = products.linear(leaf, weight, None, None, transform)
+    assert (served.float() - wanted.float()).norm() < 0.2 * wanted.float().norm()
+
+
+@pytest.mark.parametrize("x_bits", range(2, 9))
+@pytest.mark.parametrize("grid", [ops.SYMMETRIC, ops.NARROW, ops.ASYMMETRIC])
+def test_inputs_of_any_width(x_bits, grid):
+    generator = torch.Generator().manual_seed(0)
+    stored, weight = layer_of(generator, bits=8, inputs=Inputs(x_bits, grid=grid))
+    x = torch.randn(4, 64, generator=generator).half()
+    wanted = ops.integer_linear(x, *stored, None, 8, x_bits, grid)
+    assert (products.linear(x, weight).float() - wanted.float()).norm() < 1e-3 * wanted.float().norm()
+
+
+def test_a_scale_is_rounded_as_the_operator_would_cut_it():
+    """For float16 products without a scale per token it keeps 19 bits: cut off, every product would be too small."""
+    generator = torch.Generator().manual_seed(0)
+    _, weight = layer_of(generator, n=64, bits=8, inputs=Inputs(8, dynamic=False))
+    grid = torch.tensor([0.0123]), torch.zeros(1, dtype=torch.int32)
+    exact = weight.grids(torch.float32)[0][0][0].double() * 0.0123
+    ((kept, _),) = weight.fixed(grid[0], None)
+    assert not (kept.view(torch.int32) & (2**13 - 1)).any()
+    off = kept.double() / exact - 1
+    assert off.abs().max() < 2.0**-11
+    assert abs(off.mean()) < 2.0**-12
+
+
 def test_a_static_grid_is_worked_out_once():
     generator = torch.Generator().manual_seed(0)
     _, weight = layer_of(generator, bits=8, inputs=Inputs(8, dynamic=False, grid=0))

@@ -72,6 +72,15 @@ def test_what_was_stored_comes_back(n, groups, size, bits, symmetric, inputs, se
     assert weight.nbytes == sum(part.numel() * part.element_size() for part in weight.parts)
 
 
+def test_nz_is_left_before_it_is_read():
+    """Whatever a device keeps in its own layout is nothing that a host can read."""
+    packed, scale = ops.pack(torch.zeros(64, 128, dtype=torch.uint8), 4), torch.ones(64, 2).half()
+    weight = products.lay(packed, scale, None, Layer(64, 128, 4, 64), CPU, PRODUCTS["910B4"], "nz")
+    assert ascend_reference.calls == ["npu_format_cast"]
+    assert torch.equal(weight.stored()[0], packed)
+    assert ascend_reference.calls == ["npu_format_cast"] * 2
+
+
 def test_half_the_bytes_of_int8():
     codes = torch.zeros(64, 128, dtype=torch.uint8)
     packed, scale = ops.pack(codes, 4), torch.ones(64, 1).half()
@@ -80,7 +89,7 @@ def test_half_the_bytes_of_int8():
     assert (small.nbytes, wide.nbytes) == (64 * 128 // 2, 64 * 128)
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(1e-9, torch.float16), (1e6, torch.float16)])
+@pytest.mark.parametrize(("value", "dtype"), [(1e-9, torch.float16), (1.3e-7, torch.float16), (1e6, torch.float16)])
 def test_a_scale_that_16_bits_do_not_hold_is_an_error(value, dtype):
     packed, scale = ops.pack(torch.ones(8, 64, dtype=torch.uint8), 4), torch.full((8, 1), value)
     layer = Layer(8, 64, 4, 64, dtype=dtype)
@@ -93,7 +102,7 @@ def test_a_vocabulary_is_one_product_again(monkeypatch):
     """Split as a layer of 70000 outputs is, with a bias, at every kind of weight."""
     from remanence.kernels.ascend import routes
 
-    monkeypatch.setattr(routes, "MOST", 100)
+    monkeypatch.setattr(routes, "_WIDEST", 100)
     generator = torch.Generator().manual_seed(0)
     x, bias = torch.randn(3, 64, generator=generator).half(), torch.randn(205, generator=generator).half()
     for bits, inputs in ((4, None), (8, None), (8, Inputs(8)), (4, Inputs(4)), (8, Inputs(8, dynamic=False, grid=0))):

@@ -109,6 +109,16 @@ def test_no_npu_in_the_machine(npus):
     assert ascend.count() == 0
 
 
+def test_a_driver_that_does_not_answer(npus, monkeypatch):
+    npus(1)
+
+    def fails():
+        raise AssertionError("of its own")
+
+    monkeypatch.setattr(torch.npu, "is_available", fails)
+    assert ascend.count() == 0
+
+
 def test_a_number_too_large(npus):
     npus(2)
     assert refusal(2) == ("torch-npu sees 2 NPUs, numbered from 0", "Choose one of them")
@@ -146,6 +156,7 @@ def test_making_one_asks_nothing_of_torch_npu():
     [
         ("Ascend910B1", "910B1"),
         ("Ascend910B2C", "910B2"),
+        ("Ascend910B4-1", "910B4"),
         ("Ascend910B4", "910B4"),
         ("Ascend910_9391", "910C"),
         ("910_9362", "910C"),
@@ -158,7 +169,7 @@ def test_products_by_chip_and_by_name(chip, product):
     assert product_named(chip).name == product
 
 
-@pytest.mark.parametrize("name", ["Ascend910A", "310B4", "910B5", "", "Ascend910_95"])
+@pytest.mark.parametrize("name", ["Ascend910A", "310B4", "910B5", "", "Ascend910_95", "Ascend910PremiumA"])
 def test_other_chips_are_refused(name):
     with pytest.raises(ValueError, match=f"product: '{name}' is not one of 910B1, .*310P"):
         product_named(name)

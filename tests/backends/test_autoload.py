@@ -51,11 +51,13 @@ def run(site, code, **env):
         "raise OSError('libascend_hal.so: cannot open shared object file')",
         "raise Exception('ASCEND_HOME_PATH :  does not exist.')",
         "import torch_npu.none",
+        "# nothing is in it",
     ],
 )
 def test_a_broken_wheel_is_as_none(site, error):
     place = site(f"import torch\n{error}")
-    assert run(place, "import torch").returncode != 0  # which is what we stand against
+    if "raise" in error:
+        assert run(place, "import torch").returncode != 0  # which is what we stand against
     done = run(place, USE)
     assert done.returncode == 0, done.stderr
     devices, available, module, failure = done.stdout.strip().split("|")
@@ -72,6 +74,31 @@ def test_torch_works_in_processes_that_are_started_then(site):
     assert run(place, code).returncode == 0
 
 
+def test_what_an_uninstall_left_behind(tmp_path):
+    (tmp_path / "torch_npu/__pycache__").mkdir(parents=True)
+    done = run(tmp_path, USE)
+    assert done.returncode == 0, done.stderr
+    assert "npu" not in done.stdout.split("|")[0]
+
+
+def test_the_backends_of_others_are_loaded(site):
+    place = site("raise ImportError('libhccl.so: cannot open shared object file')")
+    (place / "other_backend.py").write_text("def start():\n    print('started')\n")
+    (place / "other-1.0.dist-info").mkdir()
+    (place / "other-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (place / "other-1.0.dist-info/entry_points.txt").write_text("[torch.backends]\nother = other_backend:start\n")
+    done = run(place, "import remanence, torch")
+    assert done.stdout.split() == ["started"], done.stderr
+
+
+def test_switched_off_by_hand_it_stays_off(site):
+    """And where CANN is missing it is hidden, as other libraries try it all the same."""
+    place = site("raise SystemExit('imported')")
+    code = "import remanence, torch, sys; print(sys.modules.get('torch_npu', 0))"
+    done = run(place, code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.stdout.strip() == "None", done.stderr
+
+
 def test_switched_off_by_hand_it_is_hidden_too(site):
     place = site("raise ImportError('libhccl.so: cannot open shared object file')")
     for first in ("", "import torch\n"):
@@ -81,14 +108,14 @@ def test_switched_off_by_hand_it_is_hidden_too(site):
 
 def test_a_wheel_that_works_is_loaded_with_torch(site):
     """And processes that are started load it as they would have."""
-    place = site("import os\nloaded = True\nos.environ['SEEN'] = '1'")
+    place = site("import os, torch\nloaded = True\ntorch.npu = 1\nos.environ['SEEN'] = '1'")
     code = (
         "import remanence, os; assert 'SEEN' not in os.environ; import torch, sys; "
         "print(sys.modules['torch_npu'].loaded, os.environ['SEEN'], os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD'))"
     )
     done = run(place, code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "1", "None"]
+    assert done.stdout.split() == ["True", "1", "1"]
 
 
 @pytest.mark.skipif(find_spec("torch_npu") is not None, reason="torch-npu is installed here")
