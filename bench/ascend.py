@@ -138,7 +138,8 @@ def wheel(_seed: int) -> Result:
 
     if reason := dry.missing():
         return _not_run("wheel", reason)
-    rows, checks = [], []
+    rows: list[dict[str, Any]] = []
+    checks: list[dict[str, Any]] = []
     for chip in dry.RECIPES:
         try:
             found = dry.run(chip, cache())

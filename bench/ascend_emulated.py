@@ -54,8 +54,9 @@ class NpuTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> NpuTensor:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device=NPU
+        where = torch.device(NPU)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device=where
         )
 
     def __init__(self, held: Tensor) -> None:
@@ -75,7 +76,7 @@ class NpuTensor(torch.Tensor):
         return self.held.untyped_storage()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = dict(kwargs or {})
         name = func._schema.name.partition("::")[2]
         if name == "to":  # comes whole where autograd is passed by

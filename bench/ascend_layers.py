@@ -105,12 +105,13 @@ def _one(layer: Layer, product: str, transform: nn.Module | None, generator: tor
     return {"layer": layer, "route": weight.route, "off": off, "limit": limit, "exact": all(same)}
 
 
-def _on_cpu(x: Any, stored: Any, bias: Any, layer: Layer, static: Any) -> torch.Tensor:
+def _on_cpu(x: Any, stored: tuple[Any, Any, Any], bias: Any, layer: Layer, static: Any) -> torch.Tensor:
     inputs = layer.inputs
     if inputs is None:
         return ops.w4a16_linear(x, *stored, bias, layer.bits)
     grid = static or (None, None)
-    return ops.integer_linear(x, *stored, bias, layer.bits, inputs.bits, inputs.grid, inputs.clip, *grid)
+    rounding = inputs.bits, inputs.grid, inputs.clip
+    return ops.integer_linear(x, *stored, bias, layer.bits, *rounding, *grid)
 
 
 def summary(found: list[dict[str, Any]], product: str) -> list[dict[str, Any]]:

@@ -39,10 +39,10 @@ def tiny(name: str, dtype: torch.dtype) -> Any:
     shape: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
     shape |= {"max_position_embeddings": 128, "initializer_range": 0.1}
     if name == "llama":
-        config = LlamaConfig(**shape, intermediate_size=256, num_key_value_heads=2)
-        return LlamaForCausalLM(config).eval().to(dtype)
-    config = OPTConfig(**shape, ffn_dim=256, word_embed_proj_dim=128, init_std=0.1)
-    return OPTForCausalLM(config).eval().to(dtype)
+        llama = LlamaConfig(**shape, intermediate_size=256, num_key_value_heads=2)
+        return LlamaForCausalLM(llama).eval().to(dtype)
+    opt = OPTConfig(**shape, ffn_dim=256, word_embed_proj_dim=128, init_std=0.1)
+    return OPTForCausalLM(opt).eval().to(dtype)
 
 
 def compressed(name: str, recipe: str, dtype: torch.dtype) -> Any:

@@ -120,8 +120,8 @@ def _weight_quant_batchmatmul(
         wanted = torch.float32 if x.dtype == torch.bfloat16 else torch.float16
         _demand(bias.dtype == wanted, f"bias: {bias.dtype} beside {x.dtype}")
         _demand(tuple(bias.shape) in ((N,), (1, N)) and bias.is_contiguous(), f"bias: {tuple(bias.shape)}")
-    scale, offset = (None if part is None else _spread(part.double(), g, K) for part in (scale, offset))
-    y = x.double() @ ((w.double() + (0 if offset is None else offset)) * scale)
+    shift = 0 if offset is None else _spread(offset.double(), g, K)
+    y = x.double() @ ((w.double() + shift) * _spread(scale.double(), g, K))
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
@@ -175,14 +175,15 @@ def _quant_matmul(
 def _table() -> set[tuple[torch.dtype | None, ...]]:
     """(x1 and x2, scale, bias, pertoken_scale, output) that go together on the product, int64 scales left out."""
     i8, i32, f32, f16, b16 = torch.int8, torch.int32, torch.float32, torch.float16, torch.bfloat16
-    rows = {(i8, f32, bias, None, out) for bias in (i32, None) for out in (f16, i8)}
+    rows: set[tuple[torch.dtype | None, ...]] = {
+        (i8, f32, bias, None, out) for bias in (i32, None) for out in (f16, i8)
+    }
     if _product[0].sums:
         rows |= {(i8, s, b, p, b16) for s in (f32, b16) for b in (i32, b16, f32, None) for p in (f32, None)}
         rows |= {(i8, f32, bias, f32, f16) for bias in (i32, b16, f32, None)}
         rows |= {(i8, scale, bias, None, i32) for scale in (f32, b16) for bias in (i32, None)}
-        rows |= {(i32, f32, bias, None, f16) for bias in (i32, None)} | {
-            (i32, f32, None, f32, out) for out in (b16, f16)
-        }
+        rows |= {(i32, f32, bias, None, f16) for bias in (i32, None)}
+        rows |= {(i32, f32, None, f32, out) for out in (b16, f16)}
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,8 @@ class QuantLinear(nn.Module):
             self.laid = products.lay(self.packed, self.scale, self.zero, self.on_ascend(x.dtype), x.device)
             self._buffers.update(dict.fromkeys(_STORED))
         held = self._buffers
-        static = None if held["x_scale"] is None else (held["x_scale"], held["x_zero"])
+        x_scale, x_zero = held["x_scale"], held["x_zero"]
+        static = None if x_scale is None or x_zero is None else (x_scale, x_zero)
         return products.linear(x, self.laid, held["bias"], static, self.transform)
 
     def on_ascend(self, dtype: torch.dtype) -> Any:
@@ -270,7 +271,7 @@ class QuantLinear(nn.Module):
 def _inputs(activation: ActivationSpec, transform: nn.Module | None) -> Inputs:
     from ..kernels.ascend.routes import Inputs
 
-    kind, factors = "", ()
+    kind, factors = "", cast(tuple[int, ...], ())
     if isinstance(transform, Kronecker):
         kind, factors = "kronecker", (len(transform.left), len(transform.right))
     elif isinstance(transform, OnlineHadamard):

@@ -76,7 +76,7 @@ def linear(
     needed = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needed:
         x = x if transform is None else transform(x)
-        return _Differentiable.apply(x, bias, weight, static)  # type: ignore[no-any-return]
+        return _Differentiable.apply(x, bias, weight, static)
     return _forward(x, weight, bias, static, transform)
 
 
@@ -181,8 +181,8 @@ def _rounded(
         scale, zero = static
         codes = torch.ops.npu.npu_quantize(x, scale, zero, torch.qint8, axis=1, div_mode=True)
         return codes, scale, zero
-    codes, scale, zero = _by_torch(x, inputs, static)
-    return (_packed(codes) if int4 else codes), scale, zero
+    rounded, scales, zeros = _by_torch(x, inputs, static)
+    return (_packed(rounded) if int4 else rounded), scales, zeros
 
 
 def _kronecker(x: Tensor, inputs: Inputs, maps: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -216,6 +216,7 @@ def _scaled(
     """The operator scales: symmetric weights, one scale per output channel; x by token, or on a given grid."""
     inputs, way = weight.layer.inputs, weight.route
     assert inputs is not None
+    fixed: list[tuple[Tensor, Tensor | None]]
     if inputs.dynamic:
         fixed = [(w_scale[0], None) for w_scale, _ in weight.grids(torch.float32)]
     else:
@@ -309,7 +310,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     check_range(codes, bits)
     k, each = codes.shape[1], 8 // bits
     whole = F.pad(codes.to(torch.int32), (0, packed_width(k, bits) * each - k)).unflatten(1, (-1, each))
-    return sum(whole[..., i] * 2 ** (i * bits) for i in range(each)).to(torch.uint8)  # type: ignore[union-attr]
+    places = torch.tensor([2 ** (i * bits) for i in range(each)], dtype=torch.int32, device=codes.device)
+    return (whole * places).sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, k: int) -> Tensor:
