@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 
 import pytest
 
@@ -118,7 +118,7 @@ def test_a_wheel_that_works_is_loaded_with_torch(site):
     assert done.stdout.split() == ["True", "1", "1"]
 
 
-@pytest.mark.skipif(find_spec("torch_npu") is not None, reason="torch-npu is installed here")
+@pytest.mark.skipif(PathFinder.find_spec("torch_npu") is not None, reason="torch-npu is installed here")
 def test_without_a_wheel_nothing_is_touched():
     code = "import remanence, os, sys; print('TORCH_DEVICE_BACKEND_AUTOLOAD' in os.environ, 'torch' in sys.modules)"
     done = run("", code)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from remanence.backends import cpu, cuda
+from remanence.backends import ascend, cpu, cuda
 from remanence.backends.cpu import CpuDevice, cpu_flags
 from remanence.backends.cuda import CudaDevice, count
 from remanence.backends.device import PEAKS, detect, device, parse_device
@@ -20,12 +20,17 @@ here = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def no_cuda(monkeypatch):
+def no_npu(monkeypatch):
+    monkeypatch.setattr(ascend, "installed", lambda: False)
+
+
+@pytest.fixture
+def no_cuda(monkeypatch, no_npu):  # noqa: ARG001
     monkeypatch.setattr(torch.version, "cuda", None)
 
 
 @pytest.fixture
-def two_gpus(monkeypatch):
+def two_gpus(monkeypatch, no_npu):  # noqa: ARG001
     """As torch answers on a machine with two, of which the first cannot be made to work here."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

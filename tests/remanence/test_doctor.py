@@ -60,7 +60,7 @@ def test_in_words(capsys):
     assert lines[0].startswith("remanence ")
     assert any(line.startswith("cpu ") and " GiB free" in line for line in lines)
     assert any("kernel x in bfloat16: " in line for line in lines)
-    assert any("torch-npu" in line and "[ascend]" in line for line in lines)
+    assert any(line.startswith("  torch-npu ") and "Ascend NPUs" in line for line in lines)
 
 
 class Properties:
@@ -112,6 +112,7 @@ def test_half_an_installation(state, tmp_path):
 
 def test_the_line_of_a_run(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr("remanence.backends.ascend.installed", lambda: False)
     said = []
     assert device_for_run("cpu", said.append).name == "cpu"
     assert device_for_run("auto", said.append).name == "cpu"
