@@ -8,7 +8,7 @@ import torch
 
 
 def module_of(device: torch.device) -> Any:
-    """torch.cuda or torch.npu."""
+    """The part of torch that is about its kind."""
     return getattr(torch, device.type)
 
 

@@ -66,6 +66,34 @@ def test_an_upward_import_is_noticed(line, tmp_path, monkeypatch):
     assert len(wrong_imports({"compress": [tmp_path / "planted.py"]})) == 1
 
 
+# What is about NVIDIA's GPUs by its nature: everything else asks a tensor or a Device where it is.
+ABOUT_CUDA = {
+    "backends/cuda.py",
+    "backends/device.py",
+    "kernels/registry.py",
+    "kernels/ops.py",
+    "compress/sparse_linear.py",  # torch's own 2:4 tensors
+    "bench/kernels.py",
+    "bench/gpu_linear.py",
+    "bench/gpu_peers.py",
+    "bench/ascend_dry_run.py",  # refuses a torch for CUDA
+    "bench/harness.py",  # hides the GPU from lm-eval on a CPU
+    "remanence/doctor.py",
+    "remanence/machine.py",
+}
+
+
+def test_no_other_file_names_cuda():
+    literal = re.compile(r"""["']cuda(:\d+)?["']|torch\.cuda|\.cuda\(""")
+    found = {
+        f"{home}/{path.relative_to(folder)}"
+        for home, folder in FOLDERS.items()
+        for path in folder.rglob("*.py")
+        if "triton" not in path.parts and literal.search(path.read_text())
+    }
+    assert found - ABOUT_CUDA == set()
+
+
 def test_kernels_has_no_init():
     """As a regular package on the path it would hide Hugging Face's `kernels` from transformers."""
     assert not (ROOT / "kernels/__init__.py").exists()

@@ -15,6 +15,7 @@ from ...backends.ascend_products import Product, product_named
 from ..checks import check_range
 from ..reference import ASYMMETRIC, packed_width
 from .routes import EXPANDED, FUSED, KRONECKER_TOKENS, Inputs, Layer, route
+from .schemas import drift
 from .weights import AscendWeight
 
 Static = tuple[Tensor, Tensor]  # scale float32 [1] and zero int32 [1] of an input
@@ -24,15 +25,9 @@ Static = tuple[Tensor, Tensor]  # scale float32 [1] and zero int32 [1] of an inp
 def product_of(device: torch.device) -> Product:
     """ValueError for a chip that we do not know. What a person should know of it is said once."""
     product = product_named(torch.npu.get_device_name(device.index or 0))  # type: ignore[attr-defined]
-    for operator, change in _drift().items():
+    for operator, change in drift().items():
         logging.getLogger(__name__).warning("torch-npu's %s %s", operator, change)
     return product
-
-
-def _drift() -> dict[str, str]:
-    from .schemas import drift
-
-    return drift()
 
 
 def lay(
