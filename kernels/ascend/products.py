@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backends.ascend_products import Product, product_named
+from ...backends.ascend_products import PRODUCTS, Product, product_named
 from ..checks import check_range
 from ..reference import ASYMMETRIC, packed_width
 from .routes import EXPANDED, FUSED, KRONECKER_TOKENS, Inputs, Layer, route
@@ -24,7 +24,10 @@ Static = tuple[Tensor, Tensor]  # scale float32 [1] and zero int32 [1] of an inp
 @cache
 def product_of(device: torch.device) -> Product:
     """ValueError for a chip that we do not know. What a person should know of it is said once."""
-    product = product_named(torch.npu.get_device_name(device.index or 0))  # type: ignore[attr-defined]
+    told = getattr(torch.npu, "get_device_name", None)  # type: ignore[attr-defined]
+    if told is None:  # no torch-npu, but something that stands for an NPU
+        logging.getLogger(__name__).warning("%s: does not tell its chip, and is taken for a 910B1", device)
+    product = PRODUCTS["910B1"] if told is None else product_named(told(device.index or 0))
     for operator, change in drift().items():
         logging.getLogger(__name__).warning("torch-npu's %s %s", operator, change)
     return product
