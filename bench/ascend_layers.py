@@ -50,12 +50,15 @@ TURNED = {8: 0.02, 4: 0.15}
 ROWS = 5
 
 
-def cases(seed: int, product: str) -> Iterator[dict[str, Any]]:
-    """{"layer", "route" or "refusal", "off", "limit", "exact"}: exact says that the weight came back bit for bit."""
+def cases(seed: int, product: str, every: int = 1) -> Iterator[dict[str, Any]]:
+    """{"layer", "route" or "refusal", "off", "limit", "exact"}: exact says that the weight came back bit for bit.
+
+    every   of so many, one is taken
+    """
     ascend_reference.install()
     generator = torch.Generator().manual_seed(seed)
     choices = itertools.product((2, 3, 4, 8), SHAPES, (True, False), LIMITS, INPUTS)
-    for bits, (n, k, group), symmetric, dtype, inputs in choices:
+    for bits, (n, k, group), symmetric, dtype, inputs in itertools.islice(choices, None, None, every):
         transform = None if inputs is None else _transform(inputs.transform, k, generator)
         layer = Layer(n, k, bits, group, symmetric, dtype, _with_factors(inputs, k))
         yield _one(layer, product, transform, generator)

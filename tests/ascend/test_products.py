@@ -13,9 +13,12 @@ from remanence.kernels.ascend.routes import EXPANDED, Inputs, Layer
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("product", ["910B4", "310P"])
-def test_every_route_equals_the_cpu(product):
-    found = list(ascend_layers.cases(1, product))
+@pytest.mark.parametrize(
+    ("product", "every"),
+    [("910B4", 7), ("310P", 1), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in PRODUCTS)],
+)
+def test_every_route_equals_the_cpu(product, every):
+    found = list(ascend_layers.cases(1, product, every))
     made = [case for case in found if "route" in case]
     assert [case for case in made if case["off"] > case["limit"] or not case["exact"]] == []
     taken = Counter((case["route"].operator, case["route"].rounding) for case in made)
