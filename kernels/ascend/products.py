@@ -241,11 +241,9 @@ def _by_sums(codes: Tensor, scale: Tensor, zero: Tensor | None, weight: AscendWe
     """float32 [M, N] of exact sums, group by group: of (a - za) (w - zw), the operator gives those of a w."""
     layer, outputs = weight.layer, []
     one = torch.ones(1, device=codes.device)
-    sums = None if zero is None else weight.sums()
-    start = 0
+    sums, all_zeros = None if zero is None else weight.sums(), weight.zeros()
     for i, (part, (w_scale, _)) in enumerate(zip(weight.parts, weight.grids(torch.float32))):
-        rows = slice(start, start := start + weight.route.parts[i])
-        y, zeros = None, weight.zeros(rows)
+        y, zeros = None, None if all_zeros is None else all_zeros[i]
         for g in range(layer.k // layer.group):
             inputs = slice(g * layer.group, (g + 1) * layer.group)
             a = codes[:, inputs].contiguous()

@@ -72,6 +72,7 @@ class AscendWeight:
         self.parts = [self._lay(rows.to(torch.int8)) for rows in codes.split(way.parts)]
         self._grids: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self._sums: list[torch.Tensor] | None = None
+        self._zeros: list[torch.Tensor] | None = None
         self._maps: dict[torch.dtype, tuple[torch.Tensor, ...]] = {}
         self._fixed: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor | None]]] | None = None
 
@@ -138,11 +139,12 @@ class AscendWeight:
                 self._maps = {dtype: (transform(unit).to(dtype),)}
         return self._maps[dtype]
 
-    def zeros(self, rows: slice) -> torch.Tensor | None:
-        """Of a part, int32 [G, n], on the scale of the signed codes; None: there are none."""
-        if self.zero is None:
-            return None
-        return (self.zero[rows].to(torch.int32) - 2 ** (self.layer.bits - 1)).T.contiguous().to(self.device)
+    def zeros(self) -> list[torch.Tensor] | None:
+        """By part, int32 [G, n], on the scale of the signed codes, kept; None: there are none."""
+        if self.zero is not None and self._zeros is None:
+            signed = self.zero.to(torch.int32) - 2 ** (self.layer.bits - 1)
+            self._zeros = [part.T.contiguous().to(self.device) for part in signed.split(self.route.parts)]
+        return self._zeros
 
     def sums(self) -> list[torch.Tensor]:
         """Of the signed codes of each group, by part: int32 [G, n]; kept."""
