@@ -62,7 +62,8 @@ def prepacked_bytes(n: int, k: int, groups: int, bits: int, scale_type: int, zer
     step = 32 if bits == 3 else 32 // bits  # codes that fill whole words
     rows = (n + BLOCK - 1) // BLOCK * BLOCK
     steps = (k // groups + step - 1) // step
-    return rows * groups * (steps * step * bits // 8 + (2 if scale_type else 4) + zero)
+    # int: with symbolic sizes torch 2.10 cannot add a bool.
+    return rows * groups * (steps * step * bits // 8 + (2 if scale_type else 4) + int(zero))
 
 
 def prepack(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, k: int) -> torch.Tensor:
