@@ -257,9 +257,8 @@ def test_rotation_spreads_outlier_channels_that_share_a_scale_per_token():
         exact = logits(model, ids, torch.ones_like(ids))
         attach_kv_(model, spec)
         errors[name] = divergence(exact, logits(model, ids, torch.ones_like(ids)))
-    assert (
-        errors["channel"] < errors["rotated"] < 0.7 * errors["token"]
-    )  # by random weights: of this torch .4, of 2.10 .53
+    # By the weights that a release of torch draws: .38 of it in 2.13, .53 in 2.10.
+    assert errors["channel"] < errors["rotated"] < 0.7 * errors["token"]
 
 
 # What a query sees
