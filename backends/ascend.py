@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .accelerator import AllocatorPeak, EventTimer
-from .ascend_products import product_named
+from .ascend_products import Product, product_named
 from .autoload import PACKAGE, failure, load
 from .device import PEAKS, Peak
 
@@ -134,10 +134,10 @@ class AscendDevice:
         return module().get_device_name(self.index)
 
     def info(self) -> dict[str, Any]:
-        has = module().get_device_properties(self.index)
+        has, product = module().get_device_properties(self.index), _product(self.chip)
         return {
             "name": self.chip,
-            "product": _known_product(self.chip),
+            "product": None if product is None else product.name,
             "memory_bytes": module().mem_get_info(self.index)[1],
             "l2_bytes": int(getattr(has, "L2_cache_size", 0)) or None,
             "cann": _cann(),
@@ -165,9 +165,10 @@ class AscendDevice:
         return _power(_physical(self.index))
 
 
-def _known_product(chip: str) -> str | None:
+def _product(chip: str) -> Product | None:
+    """None for a chip that is not known here."""
     try:
-        return product_named(chip).name
+        return product_named(chip)
     except ValueError:
         return None
 
@@ -203,16 +204,10 @@ def platform_peaks(chip: str, home: str | None = None) -> dict[str, Peak | None]
                 peaks[dtype] = Peak(cores * clock * m * k * n * 2, f"cores, clock and block size in {place.name}")
         except (configparser.Error, ValueError):
             return dict.fromkeys(PEAKS)
-        if not _takes_bfloat16(chip):
+        product = _product(chip)
+        if product is not None and not product.bfloat16:
             peaks["bfloat16"] = None
     return peaks
-
-
-def _takes_bfloat16(chip: str) -> bool:
-    try:
-        return product_named(chip).bfloat16
-    except ValueError:
-        return True
 
 
 def _physical(index: int) -> int:

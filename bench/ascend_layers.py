@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..compress.hadamard import OnlineHadamard, randomized
 from ..compress.kronecker import Kronecker, factors
 from ..kernels import ops
 from ..kernels.ascend import products
-from ..kernels.ascend.routes import EXPANDED, Inputs, Layer
+from ..kernels.ascend.routes import EXPANDED, FUSED, Inputs, Layer
 from . import ascend_reference
 
 # N, K and the group: sides that no operator was made for, a group as wide as the layer, groups that no product takes.
@@ -68,7 +69,7 @@ def _with_factors(inputs: Inputs | None, k: int) -> Inputs | None:
     if inputs is None or not inputs.transform:
         return inputs
     sizes = factors(k) if inputs.transform == "kronecker" else (k,)
-    return Inputs(inputs.bits, inputs.dynamic, inputs.grid, inputs.clip, inputs.transform, sizes)
+    return replace(inputs, factors=sizes)
 
 
 def _transform(kind: str, k: int, generator: torch.Generator) -> nn.Module | None:
@@ -101,7 +102,7 @@ def _one(layer: Layer, product: str, transform: nn.Module | None, generator: tor
         found = products.linear(x, weight, bias, static, transform)
     wanted = _on_cpu(x if transform is None else transform(x), stored, bias, layer, static)
     off = float((found.double() - wanted.double()).norm() / wanted.double().norm())
-    turned = weight.route.rounding in ("npu_kronecker_quant", "npu_rotate_quant")
+    turned = weight.route.rounding in FUSED
     assert inputs is not None or not turned
     same = (a is b or torch.equal(a, b) for a, b in zip(weight.stored(), stored, strict=True))  # type: ignore[arg-type]
     limit = TURNED[inputs.bits] if turned and inputs is not None else LIMITS[dtype]
