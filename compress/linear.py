@@ -98,7 +98,7 @@ class QuantLinear(nn.Module):
         call."""
         if x.shape[-1:] != (self.in_features,):  # the op knows no more than how many words a row of codes fills
             raise ValueError(f"x: shape {list(x.shape)} is not [..., {self.in_features}]")
-        if x.device.type == ascend.NAME and self._here(x.device):
+        if not x.is_cpu and x.device.type == ascend.NAME and self._here(x.device):
             return self._on_npu(x)
         if self.transform is not None:
             x = self.transform(x)
