@@ -1,0 +1,1 @@
+"""Leaving a model before its last layer: policies, generation, drafts and cost."""
