@@ -1,9 +1,9 @@
 """Leaving early inside transformers' own `generate`, with a KV cache, at any batch size.
 
-The prompt is read at full depth. While decoding, a row that has left keeps its state: later layers take it as it is, and
-only make keys and values of it, so that every layer's cache has one entry per token and later tokens see a whole past
-(CALM, arXiv 2207.07061, section 3.3, "state propagation"). Other rows of the batch go on alone. When all have left,
-what is left of the step are these projections.
+The prompt is read at full depth. While decoding, a row that has left keeps its state: later layers take it as it is,
+and only make keys and values of it, so that every layer's cache has one entry per token and later tokens see a whole
+past (CALM, arXiv 2207.07061, section 3.3, "state propagation"). Other rows of the batch go on alone. When all have
+left, what is left of the step are these projections.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Sync = Literal["row", "batch"]
 class Run:
     """What happened inside `early_exit`.
 
-    calls   for each prompt batch that was read, the depth of every decode step [B] int64: layers that the row ran, 0 once
-            it has ended; the first token of a row comes from the prompt, at full depth, and is not in it
+    calls   for each prompt batch that was read, the depth of every decode step [B] int64: layers that the row ran, 0
+            once it has ended; the first token of a row comes from the prompt, at full depth, and is not in it
     """
 
     anatomy: Anatomy
@@ -48,8 +48,8 @@ class Run:
     _fresh: Tensor | None = None
 
     def depths(self, new_tokens: int, call: int = -1) -> Tensor:
-        """[B, new_tokens] of one call of `generate` that gave so many tokens: depth behind each, 0 once a row had ended.
-        Steps that `generate` took beyond what it returned are left out."""
+        """[B, new_tokens] of one call of `generate` that gave so many tokens: the depth behind each, 0 once a row had
+        ended. Steps that `generate` took beyond what it returned are left out."""
         steps = self.calls[call][: max(0, new_tokens - 1)]
         if not steps:
             raise ValueError(f"depths: no token was decoded in call {call}")
@@ -146,7 +146,9 @@ class Run:
         return h.index_copy(0, here, first(output).to(h.dtype))
 
     def _decide(self, depth: int, before: Tensor, after: Tensor) -> None:
-        assert self._gone is not None and self._agreed is not None and self._depth is not None
+        assert self._gone is not None
+        assert self._agreed is not None
+        assert self._depth is not None
         asked = (~(self._gone | self._agreed)).nonzero()[:, 0]
         if len(asked):
             # Every row has generated as many tokens as there were steps, and one with the prompt.
@@ -168,8 +170,8 @@ def early_exit(model: PreTrainedModel, policy: Policy, sync: Sync = "row") -> It
 
     sync   "row": every row leaves by itself; "batch": all at once, when the last of them wants to (a row that wanted to
            at an earlier exit still does), which copies no keys
-    Works with greedy search, sampling and beams, with a DynamicCache (generate's default). Rows that have ended no longer
-    count, and leave at the first exit. Raises ValueError for a model, cache or policy that does not fit.
+    Works with greedy search, sampling and beams, with a DynamicCache (generate's default). Rows that have ended no
+    longer count, and leave at the first exit. Raises ValueError for a model, cache or policy that does not fit.
     """
     if sync not in get_args(Sync):
         raise ValueError(f"exit-sync: {sync!r} is not one of {', '.join(get_args(Sync))}")
@@ -207,8 +209,8 @@ def _rows(value: Any, rows: Tensor, batch: int) -> Any:
 
 
 class _Part:
-    """A cache as one layer sees it that runs some rows alone: their keys and values are stored with those of the others,
-    and theirs come back.
+    """A cache as one layer sees it that runs some rows alone: their keys and values are stored with those of the
+    others, and theirs come back.
 
     rest   keys and values [n, H, 1, D] of the rows that have left
     """

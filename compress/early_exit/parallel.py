@@ -1,8 +1,8 @@
-"""A whole text in one pass, as a model that leaves early would have read it token by token: no cache, all positions at once.
+"""A whole text in one pass, as a model that leaves early would have read it token by token, without a cache.
 
-A position that has left keeps its state through the later layers, which make keys and values of it. What a position does
-depends on earlier ones alone, so that one pass is enough, whatever the policy decides on the way. That is how an answer is
-scored under a policy, and what cached generation is held against.
+A position that has left keeps its state through the later layers, which make keys and values of it. What a position
+does depends on earlier ones alone, so that one pass is enough, whatever the policy decides on the way. That is how an
+answer is scored under a policy, and what cached generation is held against.
 """
 
 from __future__ import annotations

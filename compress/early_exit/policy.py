@@ -1,7 +1,7 @@
 """When to leave: a score after some of the layers, and a threshold that it has to reach.
 
-Depths count layers that were run, from 1; L is the whole model. A policy is asked at its `exits` alone, all below L. One
-interface for all, so that each can be served, calibrated and audited as the others:
+Depths count layers that were run, from 1; L is the whole model. A policy is asked at its `exits` alone, all below L.
+One interface for all, so that each can be served, calibrated and audited as the others:
 
 full          never
 fixed         always at one depth
@@ -227,8 +227,8 @@ class Probe(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class Agent(Policy):
-    """tanh layers from the state to two actions, 0 continue and 1 exit; the score is exit's probability, 0 where continue
-    is the likelier (the paper's rule asks for both).
+    """tanh layers from the state to two actions, 0 continue and 1 exit; the score is exit's probability, 0 where
+    continue is the likelier (the paper's rule asks for both).
 
     layers        (weight [out, in], bias [out]) float32, the last with two rows
     temperature   of the softmax over the two
