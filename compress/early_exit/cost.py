@@ -46,7 +46,7 @@ class Costs:
     vocabulary: int
 
     def token(self, depth: float, policy: Policy) -> Work:
-        """A token that leaves at `depth`: its layers, keys and values of the others, the checks on the way, the head."""
+        """Of one that leaves at `depth`: its layers, keys and values of the others, checks on the way, the head."""
         checks = self.checks(depth, policy)
         return depth * self.layer + (self.layers - depth) * self.keys_values + checks + self.head
 

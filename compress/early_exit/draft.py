@@ -1,10 +1,10 @@
 """Draft with the first layers, verify with the rest: leaving early without changing a token (self-speculation).
 
-The first E layers and the model's own head draft a few tokens; the other layers then take the states that the draft left
-at E, all at once, and tell what the whole model would have said. What agrees is kept, and the first token that does not
-is the whole model's (as in LayerSkip, arXiv 2404.16710, section 4.3; the first layers run once for every token, and
-there is one cache). The output is greedy decoding's at full depth, so that nothing can leak that the whole model does not
-say.
+The first E layers and the model's own head draft a few tokens; the other layers then take the states that the draft
+left at E, all at once, and tell what the whole model would have said. What agrees is kept, and the first token that
+does not is the whole model's (as in LayerSkip, arXiv 2404.16710, section 4.3; the first layers run once for every
+token, and there is one cache). The output is that of greedy decoding at full depth, so that nothing can leak that the
+whole model does not say.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def draft_and_verify(
     but where two tokens tie within rounding.
 
     depth    layers that draft; drafts: tokens at a time. A batch goes on by what all of its rows accept.
-    Raises ValueError for a model that cannot leave early, a depth that leaves nothing to verify, a padding on the right,
+    Raises ValueError for a model that cannot leave early, a depth that leaves nothing to verify, padding on the right,
     or a text as long as a sliding window.
     """
     body = anatomy(model)

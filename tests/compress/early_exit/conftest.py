@@ -39,7 +39,7 @@ def _tiny(kind: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.15)
+                parameter.normal_(0, 0.1)
             elif parameter.abs().max() == 0:
                 parameter.normal_(0, 0.1)
     return model

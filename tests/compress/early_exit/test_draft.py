@@ -89,7 +89,7 @@ def test_after_an_error_the_model_is_what_it_was(tiny, prompts) -> None:
     plain = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
     calls = iter(range(99))
     last = decoder_list(model)[2][5].mlp
-    handle = last.register_forward_pre_hook(lambda *_: None if 1 / (next(calls) - 2) else None)
+    handle = last.register_forward_pre_hook(lambda *_: print(end=str(1 / (next(calls) - 2))[:0]))
     with pytest.raises(ZeroDivisionError):
         draft_and_verify(model, ids, mask, 3, max_new_tokens=6)
     handle.remove()
