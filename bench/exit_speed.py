@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from ..backends.device import device
 from ..compress.early_exit.cost import costs
@@ -66,7 +66,7 @@ def speed_rows(
     seconds    of the whole request, the prompt included; median over `repeats` rounds, in each of which every way has
                its turn; spread: interquartile range over it
     speedup    over full depth, by round: the median of the ratios
-    agreement  share of tokens that are those of full depth, up to a row's first other one and behind it
+    agreement  share of tokens that stand where they stand at full depth: a row's first other one moves those behind it
     """
     whole = costs(model, ids.shape[1] + new // 2)
     seconds: list[list[float]] = [[] for _ in ways]
@@ -106,6 +106,7 @@ def _timed(
     network: Any = model
     machine = device(str(model.device))
     with ExitStack() as stack:
+        stack.enter_context(_endless(model))
         run = None
         if way.drafting is None:  # the look at the model, once for all requests, is not timed
             run = stack.enter_context(early_exit(model, way.policy, way.sync))
@@ -115,7 +116,6 @@ def _timed(
                     input_ids=ids,
                     attention_mask=mask,
                     max_new_tokens=new,
-                    min_new_tokens=new,
                     do_sample=False,
                     pad_token_id=0,
                 )
@@ -126,6 +126,17 @@ def _timed(
                 sequences = drafted.sequences
         machine.synchronize()
     return timer.seconds, sequences[:, ids.shape[1] :], drafted if run is None else run
+
+
+@contextmanager
+def _endless(model: PreTrainedModel) -> Iterator[None]:
+    """Greedy and without an end, whatever the model's own settings say."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def run_large(seed: int, batches: Sequence[int] = (1, 8), new: int = 24) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ left, what is left of the step are these projections.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Run:
     anatomy: Anatomy
     policy: Policy
     sync: Sync
-    ends: tuple[int, ...]
+    ends: tuple[int, ...] = ()
     calls: list[list[Tensor]] = field(default_factory=list)
     # Of the step under way; None: at full depth.
     _gone: Tensor | None = None
@@ -177,21 +178,33 @@ def early_exit(model: PreTrainedModel, policy: Policy, sync: Sync = "row") -> It
         raise ValueError(f"exit-sync: {sync!r} is not one of {', '.join(get_args(Sync))}")
     body = anatomy(model)
     policy.check_fits(body.depth, model.config.hidden_size)
-    run = Run(body, policy, sync, _ends(model))
+    run = Run(body, policy, sync)
     handle = model.register_forward_pre_hook(run.watch, with_kwargs=True)
     try:
-        with wrapped(body.layers, run.layer), torch.no_grad():
+        with _noting_ends(model, run), wrapped(body.layers, run.layer), torch.no_grad():
             yield run
     finally:
         handle.remove()
 
 
-def _ends(model: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens after which a row has ended."""
-    settings = getattr(model, "generation_config", None)
-    end = None if settings is None else settings.eos_token_id
-    end = model.config.eos_token_id if end is None else end
-    return () if end is None else (end,) if isinstance(end, int) else tuple(end)
+@contextmanager
+def _noting_ends(model: Any, run: Run) -> Iterator[None]:
+    """Inside the block each call of `model.generate` tells `run` after which tokens it takes a row to have ended."""
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        settings = [kwargs.get("generation_config"), model.generation_config]
+        asked = [kwargs.get("eos_token_id"), *(of.eos_token_id for of in settings if of is not None)]
+        end = next((end for end in asked if end is not None), ())
+        run.ends = (end,) if isinstance(end, int) else tuple(torch.as_tensor(end).flatten().tolist())
+        return generate(*args, **kwargs)
+
+    model.generate = noting
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 def _check_cache(cache: object) -> None:

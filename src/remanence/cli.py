@@ -20,6 +20,7 @@ from .verbs.audit import audit
 from .verbs.bench import bench, doctor
 from .verbs.compress import allocate, compress
 from .verbs.evaluate import evaluate, logs, report
+from .verbs.exits import exit_app
 from .verbs.export import export
 from .verbs.unlearn import unlearn
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for _verb in (audit, unlearn, compress, allocate, export, report, evaluate, logs, preflight, doctor, bench):
     app.command()(_verb)
+app.add_typer(exit_app, name="exit")
 
 
 @app.callback(invoke_without_command=True)
