@@ -55,8 +55,9 @@ def cost(measured: Measured, calls: Mapping[str, float], units: Sequence[float])
         total = over(lambda window: _joules(window, probes))
         above = over(lambda window: _sum([_joules(window, probes), _scaled(rest, -window.seconds)]))
         scopes, methods = ([getattr(probe, what) for probe in probes] for what in ("scope", "method"))
+        mean = None if total is None else total.mean
         # An estimate stands alone; what counters may be off by, their makers do not tell.
-        low, high = (_scaled(total and total.mean, factor) for factor in probes[0].factors or (None, None))
+        low, high = (_scaled(mean, factor) for factor in probes[0].factors or (None, None))
         return Joules(tuple(dict.fromkeys(scopes)), tuple(dict.fromkeys(methods)), total, above, low, high)
 
     seconds = over(lambda window: window.seconds)

@@ -53,7 +53,7 @@ class Estimate:
         else:
             self.watts, source = WATTS_PER_THREAD * threads, f"{WATTS_PER_THREAD:g} W for each of {threads} threads"
         # Packages run at half to double their TDP for minutes, so that a sheet is no surer than none.
-        self.factors = RANGE if watts is None else (1.0, 1.0)
+        self.factors: tuple[float, float] | None = RANGE if watts is None else (1.0, 1.0)
         self.threads, self._about = threads, {"tdp_w": self.watts, "source": source, "idle_share": IDLE}
 
     def about(self) -> dict[str, Any]:

@@ -75,15 +75,12 @@ class _Nvml:
         return buffer.value.decode(errors="replace")
 
     def handle(self, place: str) -> ctypes.c_void_p:
-        """Of a GPU by UUID, whole or its beginning, by PCI bus id or by number."""
+        """Of a GPU by number, or by UUID, whole or its beginning."""
         handle = ctypes.c_void_p()
         if place.isdigit():
             self("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(int(place)), ctypes.byref(handle))
-        elif place.startswith("GPU-"):
-            whole = self._uuid(place)
-            self("nvmlDeviceGetHandleByUUID", whole.encode(), ctypes.byref(handle))
         else:
-            self("nvmlDeviceGetHandleByPciBusId_v2", place.encode(), ctypes.byref(handle))
+            self("nvmlDeviceGetHandleByUUID", self._uuid(place).encode(), ctypes.byref(handle))
         return handle
 
     def _uuid(self, beginning: str) -> str:
@@ -100,14 +97,13 @@ def find(index: int, uuid: str | None = None, environ: Mapping[str, str] = os.en
     uuid   as CUDA tells it, without "GPU-": CUDA's numbers are by speed, NVML's by PCI bus, so this is surer than both
     """
     shown = environ.get("CUDA_VISIBLE_DEVICES")
-    places = None if shown is None else [place.strip() for place in shown.split(",")]
-    if places is not None and index >= len(places):
-        return _missing(f"CUDA_VISIBLE_DEVICES={shown} leaves no GPU {index}", "Name it there")
-    place = str(index) if places is None else places[index]
-    if place.startswith("MIG"):
+    places = [str(index)] if shown is None else [place.strip() for place in shown.split(",")][index:]
+    if places and places[0].startswith("MIG"):
         return Found(missing=(_MIG,))
+    if not places or not (places[0].isdigit() or places[0].startswith("GPU-")):  # "" and "-1" hide all
+        return _missing(f"CUDA_VISIBLE_DEVICES={shown} leaves no GPU {index}", "Name it there")
     try:
-        return _of(_Nvml(library), place if uuid is None else f"GPU-{uuid}")
+        return _of(_Nvml(library), places[0] if uuid is None else f"GPU-{uuid}")
     except OSError:
         return _missing(
             f"{library} is not found: no NVIDIA driver", "Install the driver; nvidia-smi then lists the GPU"

@@ -43,8 +43,8 @@ def _group(probe: str, scope: Scope, zones: list[Path]) -> Found:
     counters = [zone / "energy_uj" for zone in zones]
     try:
         for counter in counters:
-            _joules(counter)
-        spans = [_joules(zone / "max_energy_range_uj") for zone in zones]
+            _micro(counter)
+        spans = [_micro(zone / "max_energy_range_uj") for zone in zones]
     except PermissionError as error:
         remedy = "sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj (until the next start), or run as root"
         return Found(missing=(Missing(probe, f"{error.filename}: no permission to read it", remedy),))
@@ -53,7 +53,7 @@ def _group(probe: str, scope: Scope, zones: list[Path]) -> Found:
 
     def read() -> list[float]:
         try:
-            return [_joules(counter) for counter in counters]
+            return [_micro(counter) for counter in counters]
         except (OSError, ValueError) as error:
             raise Silent(f"{probe}: {error}") from None
 
@@ -70,14 +70,14 @@ def _name(zone: Path) -> str | None:
         return None
 
 
-def _joules(file: Path) -> float:
-    """Of a file that holds microjoules, or watts of one that holds microwatts."""
+def _micro(file: Path) -> float:
+    """Joules of a file that holds microjoules, watts of one that holds microwatts."""
     return int(file.read_text()) / 1e6
 
 
 def _limit(zone: Path) -> float | None:
     """Watts over the longest window that is limited."""
     try:
-        return _joules(zone / "constraint_0_power_limit_uw")
+        return _micro(zone / "constraint_0_power_limit_uw")
     except (OSError, ValueError):
         return None

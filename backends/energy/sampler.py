@@ -51,7 +51,7 @@ class Counter:
     """
 
     method: Method = "measured-counter"
-    factors = None
+    factors: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class SampledPower:
     """A probe that reads watts every `resolution_s` seconds, and integrates them by the trapezoid rule."""
 
     method: Method = "measured-power-integrated"
-    factors = None
+    factors: tuple[float, float] | None = None
 
     def __init__(
         self,

@@ -120,6 +120,8 @@ def test_refusals(found, settings, reason, remedy):
     [
         (0, "MIG-1234", None, "split by MIG"),
         (1, "0", None, "CUDA_VISIBLE_DEVICES=0 leaves no GPU 1"),
+        (0, "", None, "CUDA_VISIBLE_DEVICES= leaves no GPU 0"),
+        (0, "-1", None, "CUDA_VISIBLE_DEVICES=-1 leaves no GPU 0"),
         (0, "GPU-cc", None, "does not find this GPU"),
         (0, "0", "cccccccc-0000-0000-0000-000000000000", "does not find this GPU"),
         (0, "5", None, "argument for invalid"),
