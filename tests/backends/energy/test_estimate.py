@@ -1,6 +1,7 @@
 """The estimate, against arithmetic by hand."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 from remanence.backends.energy import estimate
@@ -44,6 +45,12 @@ def test_the_clock_of_the_processors(monkeypatch):
     probe = Estimate("", 2, 100.0)
     probe.start()
     assert probe.stop() == pytest.approx(10 * 4 + 90 * 4 / 2)  # 4 of 8 processor seconds
+
+
+def test_children_and_the_kernel_are_part_of_it(monkeypatch):
+    taken = SimpleNamespace(user=1.0, system=20.0, children_user=300.0, children_system=4000.0)
+    monkeypatch.setattr(estimate.os, "times", lambda: taken)
+    assert estimate._clock()[1] == 4321.0
 
 
 def test_work_takes_more_than_rest():
