@@ -9,8 +9,6 @@ import configparser
 import functools
 import os
 import re
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,10 +158,6 @@ class AscendDevice:
     def peaks(self) -> dict[str, Peak | None]:
         return platform_peaks(self.chip)
 
-    def power(self) -> float | None:
-        """Watts that the NPU takes now, by npu-smi; None where that is not there, or not allowed."""
-        return _power(_physical(self.index))
-
 
 def _product(chip: str) -> Product | None:
     """None for a chip that is not known here."""
@@ -208,40 +202,3 @@ def platform_peaks(chip: str, home: str | None = None) -> dict[str, Peak | None]
         if product is not None and not product.bfloat16:
             peaks["bfloat16"] = None
     return peaks
-
-
-def _physical(index: int) -> int:
-    """The chip's own number: ASCEND_RT_VISIBLE_DEVICES renumbers those that it leaves."""
-    shown = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "")
-    numbers = [int(part) for part in shown.split(",") if part.strip().isdigit()]
-    return numbers[index] if index < len(numbers) else index
-
-
-def _power(chip: int) -> float | None:
-    """Of the chip with this number, in watts."""
-    place = parse_mapping(_smi("-m")).get(chip, (chip, 0))
-    return parse_power(_smi("-t", "power", "-i", str(place[0]), "-c", str(place[1])))
-
-
-def _smi(*arguments: str) -> str:
-    """What `npu-smi info` prints; nothing where it cannot."""
-    tool = shutil.which("npu-smi")
-    if tool is None:
-        return ""
-    try:
-        done = subprocess.run([tool, "info", *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def parse_mapping(text: str) -> dict[int, tuple[int, int]]:
-    """Chip's number -> (NPU, chip), from `npu-smi info -m`: a line each, NPU, chip and number first."""
-    rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+)\s+\S", text, flags=re.MULTILINE)
-    return {int(number): (int(npu), int(chip)) for npu, chip, number in rows}
-
-
-def parse_power(text: str) -> float | None:
-    """Watts from `npu-smi info -t power`, whose releases call it Power Dissipation, Real-time Power or Power Usage."""
-    found = re.search(r"^[^\n:]*power[^\n:]*:\s*(\d+(?:\.\d+)?)", text, flags=re.MULTILINE | re.IGNORECASE)
-    return float(found[1]) if found else None

@@ -101,6 +101,12 @@ class CudaDevice:
             "driver": driver(),
         }
 
+    @property
+    def uuid(self) -> str | None:
+        """Of the GPU, without "GPU-"; None: torch before 2.5 does not tell."""
+        told = getattr(torch.cuda.get_device_properties(self.torch_device), "uuid", None)
+        return None if told is None else str(told).removeprefix("GPU-")
+
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 

@@ -70,6 +70,7 @@ def test_an_upward_import_is_noticed(line, tmp_path, monkeypatch):
 ABOUT_CUDA = {
     "backends/cuda.py",
     "backends/device.py",
+    "backends/energy/probes.py",
     "kernels/registry.py",
     "kernels/ops.py",
     "compress/sparse_linear.py",  # torch's own 2:4 tensors

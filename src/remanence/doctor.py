@@ -11,6 +11,7 @@ import torch
 
 from .backends.ascend import AscendDevice
 from .backends.device import Device, Peak, detect, refusals
+from .backends.energy.probes import survey
 from .config import default_cache
 from .kernels.ascend.schemas import drift, release
 from .kernels.limits import peaks, read_bandwidth
@@ -46,6 +47,7 @@ def diagnose() -> dict[str, Any]:
         "kernel_isas": available_isas(),
         "devices": {each.name: _device(each) for each in found},
         "missing_devices": {kind: ". ".join(why) for kind, why in refusals().items()},
+        "energy": _energy(),
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(existing).free,
         "optional": {name: _version(name) for name in _EXTRAS},
@@ -61,7 +63,7 @@ def _device(each: Device) -> dict[str, Any]:
         "free_bytes": each.free_memory(),
         "peaks": {name: None if peak is None else asdict(peak) for name, peak in (each.peaks() | measured).items()},
         "kernels": {name: asdict(choice) for name, choice in choices.items()},
-        **(_ascend(each) if isinstance(each, AscendDevice) else {}),
+        **(_ascend() if isinstance(each, AscendDevice) else {}),
     }
 
 
@@ -72,8 +74,17 @@ def _choice(case: Case) -> Choice:
         return Choice("none", str(refusal), {})
 
 
-def _ascend(npu: AscendDevice) -> dict[str, Any]:
-    return {"power_watts": npu.power(), "known_release": release(), "drift": drift()}
+def _ascend() -> dict[str, Any]:
+    return {"known_release": release(), "drift": drift()}
+
+
+def _energy() -> dict[str, Any]:
+    """Counters of energy: those that are there, and why each other is not."""
+    found = survey()
+    return {
+        "probes": [{"name": p.name, "scope": p.scope, "method": p.method, "about": p.about()} for p in found.probes],
+        "missing": [asdict(each) for each in found.missing],
+    }
 
 
 def _measured() -> dict[str, Peak | None]:
@@ -103,6 +114,10 @@ def show(found: dict[str, Any]) -> None:
     print(f"native   {', '.join(found['kernel_isas']) or 'not built: plain torch computes'}")
     for name, reason in found["missing_devices"].items():
         print(f"{name:<8} none: {reason}")
+    for probe in found["energy"]["probes"]:
+        print(f"energy   {probe['name']}: {probe['scope']}, {probe['method']}")
+    for probe in found["energy"]["missing"]:
+        print(f"energy   {probe['probe']} none: {probe['reason']}. {probe['remedy']}")
     print(f"cache    {found['cache']}, {found['cache_free_bytes'] / 2**30:.1f} GiB free")
     print("audits run on the CPU in this version; compress takes --device")
     print("\noptional packages")
@@ -121,8 +136,6 @@ def _show_device(name: str, device: dict[str, Any]) -> None:
         print(f"  peak   {peak}: {shown} ({rate['source']})")
     if not known:
         print("  peaks  not known from the device itself")
-    if device.get("power_watts") is not None:
-        print(f"  power  {device['power_watts']:.0f} W now (npu-smi)")
     if "drift" in device:
         changes = [f"{operator} {change}" for operator, change in device["drift"].items()]
         print(f"  operators beside torch-npu {device['known_release']}: {'; '.join(changes) or 'the same'}")

@@ -1,4 +1,4 @@
-"""Ascend devices as far as they go without one: which piece is missing, what a chip is, its peaks and its power."""
+"""Ascend devices as far as they go without one: which piece is missing, what a chip is, its peaks."""
 
 import sys
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from remanence.backends import ascend, autoload
-from remanence.backends.ascend import AscendDevice, parse_mapping, parse_power, platform_peaks, refusal
+from remanence.backends.ascend import AscendDevice, platform_peaks, refusal
 from remanence.backends.ascend_products import PRODUCTS, product_named
 from remanence.backends.device import PEAKS, device, refusals
 
@@ -205,41 +205,3 @@ def test_no_peak_is_guessed(tmp_path, text):
         (tmp_path / "data/platform_config").mkdir(parents=True)
         (tmp_path / "data/platform_config/Ascend910B4.ini").write_text(text)
     assert set(platform_peaks("Ascend910B4", str(tmp_path)).values()) == {None}
-
-
-@pytest.mark.parametrize(
-    ("text", "watts"),
-    [
-        ("\tNPU ID                         : 0\n\tPower Dissipation(W)           : 93.4\n", 93.4),
-        ("        NPU ID            : 5\n        Chip Count : 1\n\n        Real-time Power(W)  : 112.0\n", 112.0),
-        ("NPU Real-time Power(W)   : 71\n", 71.0),
-        ("Power Usage (W) : 12.8", 12.8),
-        ("Power Dissipation(W)           : NA\n", None),
-        ("", None),
-    ],
-)
-def test_power_as_releases_of_npu_smi_print_it(text, watts):
-    assert parse_power(text) == watts
-
-
-def test_chips_are_numbered_across_npus():
-    text = """        NPU ID             Chip ID            Chip Logic ID      Chip Name
-        0                  0                  0                  Ascend 910B4
-        0                  1                  -                  Mcu
-        4                  0                  1                  Ascend 910B4
-"""
-    assert parse_mapping(text) == {0: (0, 0), 1: (4, 0)}
-
-
-def test_power_is_that_of_the_chip_that_is_left(monkeypatch, tmp_path):
-    """ASCEND_RT_VISIBLE_DEVICES renumbers."""
-    tool = tmp_path / "npu-smi"
-    tool.write_text(
-        '#!/bin/sh\nif [ "$2" = -m ]; then echo " 2 1 5 Ascend 910"; else echo "Power Dissipation(W) : $5$7"; fi\n'
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "3,5")
-    assert AscendDevice(1).power() == 21.0  # npu 2, chip 1
-    monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert AscendDevice(1).power() is None
