@@ -86,6 +86,7 @@ class States:
         """What a policy is asked at exit number `exit_`."""
         return Step(self.exits[exit_], self.state[:, exit_], self.before[:, exit_], self.position, logits)
 
+    @torch.no_grad()
     def leaving(self, policy: Policy, logits: Callable[[Tensor], Tensor]) -> Tensor:
         """[n] int64: the number of the exit at which the policy leaves on the whole model's states, E: nowhere."""
         asked = [e for e, depth in enumerate(self.exits) if depth in policy.exits]
