@@ -60,7 +60,7 @@ def token_energies(
     found   the probes; None: those that measure `device`
     """
     measured = measure(device, works, probes(device) if found is None else found, lengths)
-    return {name: cost(measured, {name: 1}, _units(measured, name)) for name in works}
+    return {name: cost(measured, {name: 1}, units(measured, name)) for name in works}
 
 
 def generation_energy(
@@ -132,7 +132,7 @@ def _told(measured: Measured, probe: Probe) -> dict[str, Any]:
     }
 
 
-def _units(measured: Measured, name: str) -> list[float]:
+def units(measured: Measured, name: str) -> list[float]:
     """Of each window, for one call."""
     units = [window.units / window.calls for window in measured.windows[name]]
     if not all(units):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,38 +103,34 @@ def speed_rows(
 def _timed(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, way: Served, new: int
 ) -> tuple[float, Tensor, Run | Drafted]:
-    network: Any = model
     machine = device(str(model.device))
-    with ExitStack() as stack:
-        stack.enter_context(_endless(model))
-        run = None
-        if way.drafting is None:  # the look at the model, once for all requests, is not timed
-            run = stack.enter_context(early_exit(model, way.policy, way.sync))
-        with machine.timed() as timer:
-            if way.drafting is None:
-                sequences = network.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=new,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-            else:
-                drafted = draft_and_verify(
-                    model, ids, mask, way.drafting, max_new_tokens=new, drafts=way.drafts, pad_token_id=0
-                )
-                sequences = drafted.sequences
-        machine.synchronize()
-    return timer.seconds, sequences[:, ids.shape[1] :], drafted if run is None else run
+    with serving(model, ids, mask, way, new) as answer, machine.timed() as timer:
+        sequences, said = answer()
+    return timer.seconds, sequences[:, ids.shape[1] :], said
 
 
 @contextmanager
-def _endless(model: PreTrainedModel) -> Iterator[None]:
-    """Greedy and without an end, whatever the model's own settings say."""
+def serving(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, way: Served, new: int
+) -> Iterator[Callable[[], tuple[Tensor, Run | Drafted]]]:
+    """Inside the block: a call that answers the prompts by `new` tokens each, greedily and without an end, whatever the
+    model's own settings say; sequences [B, P + new], and what happened. The look at the model is done before."""
+    network: Any = model
     own = model.generation_config
     model.generation_config = GenerationConfig()
+
+    def drafted() -> tuple[Tensor, Drafted]:
+        assert way.drafting is not None
+        found = draft_and_verify(model, ids, mask, way.drafting, max_new_tokens=new, drafts=way.drafts)
+        return found.sequences, found
+
     try:
-        yield
+        if way.drafting is not None:
+            yield drafted
+            return
+        with early_exit(model, way.policy, way.sync) as run:
+            asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new}
+            yield lambda: (network.generate(**asked, do_sample=False, pad_token_id=0), run)
     finally:
         model.generation_config = own
 

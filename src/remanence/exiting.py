@@ -276,8 +276,20 @@ class Asked:
     repeats: int = 3
 
 
-def generate(model: str, asked: Asked) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Energy:
+    """Joules are wanted, too. estimate: where no counter is, processor time x a constant; window: seconds of one."""
+
+    estimate: bool = False
+    window: float = 5.0
+
+
+def generate(model: str, asked: Asked, energy: Energy | None = None) -> dict[str, Any]:
     """Answers at full depth and under the policy beside the model, and what each took, in turns in one process."""
+    from .backends.device import device
+    from .backends.energy.meter import Lengths
+    from .backends.energy.probes import probes
+    from .bench.exit_energy import exit_energy
     from .bench.exit_speed import Served, speed_rows
     from .compress.checkpoint import load_model, load_tokenizer, max_length
     from .compress.early_exit.policy import Full
@@ -301,7 +313,12 @@ def generate(model: str, asked: Asked) -> dict[str, Any]:
     rows = _usage(speed_rows, network, ids, mask, ways, asked.new_tokens, asked.repeats)
     texts = {way.name: _texts(network, encoder, way, ids, mask, asked.new_tokens) for way in ways}
     said = [{"prompt": p, **{name: found[i] for name, found in texts.items()}} for i, p in enumerate(asked.prompts)]
-    return {"rows": rows, "texts": said}
+    result = {"rows": rows, "texts": said}
+    if energy is not None:
+        machine = device(str(network.device))
+        found, lengths = probes(machine, energy.estimate), _usage(Lengths, energy.window, idle_s=energy.window)
+        result["energy"] = exit_energy(network, machine, ids, mask, ways, asked.new_tokens, found, lengths)
+    return result
 
 
 def _padded(encoder: Encoder, asked: Asked) -> tuple[Tensor, Tensor]:

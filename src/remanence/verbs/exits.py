@@ -164,10 +164,15 @@ def generate(
     ] = None,
     drafts: Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")] = 4,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which every way has its turn.")] = 3,
+    energy: Annotated[bool, typer.Option("--energy", help="Joules for a token, too, where a counter is.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="With --energy: without a counter, time x a constant, labelled as that.")
+    ] = False,
+    window: Annotated[float, typer.Option(help="With --energy: seconds of a window at least.")] = 5.0,
     as_json: Json = False,
 ) -> None:
     """Answer prompts at full depth and with exits, in one run: texts, depths, tokens a second."""
-    from ..exiting import Asked, check_model
+    from ..exiting import Asked, Energy, check_model
     from ..exiting import generate as run
 
     if exit_sync not in (None, "row", "batch"):
@@ -179,9 +184,12 @@ def generate(
         asked += [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not asked:
         raise UsageError("prompt: missing; give --prompt TEXT or --prompts FILE")
+    if estimate and not energy:
+        raise UsageError("estimate: goes with --energy")
     check_model(model)
     quiet()
-    made: dict[str, Any] = run(model, Asked(asked, new_tokens, threshold, exit_sync, draft, drafts, repeats))
+    order = Asked(asked, new_tokens, threshold, exit_sync, draft, drafts, repeats)
+    made: dict[str, Any] = run(model, order, Energy(estimate, window) if energy else None)
     if as_json:
         print(json.dumps(made, indent=1, ensure_ascii=False))
         return
@@ -190,6 +198,12 @@ def generate(
             print(f"{name}: {text}")
         print()
     _table([_short(row) for row in made["rows"]], f"batch {made['rows'][0]['batch']}, in turns in one run")
+    if energy:
+        from ..bench.exit_energy import rows
+
+        _table(rows(made["energy"]), "joules for a token, in windows that take turns")
+        for note in made["energy"]["notes"]:
+            say(note)
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
