@@ -28,8 +28,8 @@ def exit_energy(
     lengths: Lengths = LENGTHS,
 ) -> dict[str, Any]:
     """JSON values: `tokens` by the name of the way, what one generated token took, the prompt's share included
-    (bench.joules.Cost; `joules` is None where nothing measures them), their order where a counter measured them all, and
-    how it was done."""
+    (bench.joules.Cost; `joules` is None where nothing measures them), their order where a counter measured them all,
+    and how it was done."""
 
     def work(way: Served) -> Callable[[], int]:
         def done() -> int:
