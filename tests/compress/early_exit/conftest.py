@@ -38,9 +38,7 @@ def _tiny(kind: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.1)
-            elif parameter.abs().max() == 0:
+            if parameter.dim() > 1 or parameter.abs().max() == 0:
                 parameter.normal_(0, 0.1)
     return model
 
