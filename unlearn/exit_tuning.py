@@ -182,6 +182,7 @@ def tune_(
     learned, judged = _split(encoder, pairs, tuning, seed)
     before, tokens = exit_losses(model, encoder, judged, depths)
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    torch.manual_seed(seed)  # of which adapters are drawn
     adapted: Any = with_lora(model, tuning.lora_rank, 2 * tuning.lora_rank) if tuning.lora_rank else None
     network: nn.Module = adapted or model
     if adapted is None:

@@ -14,10 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from scipy.stats import binom
+from transformers import GenerationConfig, PreTrainedModel
 
-from .policy import NEVER, Policy
+from .generation import Sync, early_exit
+from .policy import NEVER, Full, Policy
+from .states import left_padded
 
 # From the most careful on; of scores between 0 and 1.
 THRESHOLDS = tuple(round(1 - i / 20, 2) for i in range(21))
@@ -117,6 +122,55 @@ def textual_loss(early: Sequence[int], full: Sequence[int]) -> float:
 def risk_loss(early: float, full: float) -> float:
     """How much worse a text is than the whole model's, by a quality within 0 and 1; better is not rewarded."""
     return min(1.0, max(0.0, full - early))
+
+
+def textual_losses(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    end: int | None,
+    new_tokens: int,
+    batch_size: int = 32,
+    sync: Sync = "row",
+) -> Callable[[Policy], list[float]]:
+    """For `calibrated`: of a policy, the textual loss of the greedy text after each prompt (token ids), `end` left out.
+
+    With sync "batch" a text depends on those beside it, and so does what is promised.
+    """
+    full = _texts(model, Full(), prompts, pad, end, new_tokens, batch_size, sync)
+
+    def losses(policy: Policy) -> list[float]:
+        early = _texts(model, policy, prompts, pad, end, new_tokens, batch_size, sync)
+        return [textual_loss(a, b) for a, b in zip(early, full, strict=True)]
+
+    return losses
+
+
+@torch.no_grad()
+def _texts(
+    model: PreTrainedModel,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    end: int | None,
+    new_tokens: int,
+    batch_size: int,
+    sync: Sync,
+) -> list[list[int]]:
+    network: Any = model
+    own, found = model.generation_config, []
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    try:
+        for start in range(0, len(prompts), batch_size):
+            ids, mask = (t.to(model.device) for t in left_padded(prompts[start : start + batch_size], pad))
+            with early_exit(model, policy, sync):
+                text = network.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1
+                )
+            found += text[:, ids.shape[1] :].tolist()
+    finally:
+        model.generation_config = own
+    return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in found]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -139,7 +139,7 @@ def collect(
     parts = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids, mask = _left_padded([prompts[i] for i in chosen], pad)
+        ids, mask = left_padded([prompts[i] for i in chosen], pad)
         parts.append(_rollout(model, body, exits, ids, mask, torch.tensor(chosen), pad, end, new_tokens))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if not len(tensors["final"]):
@@ -149,7 +149,8 @@ def collect(
     return States(exits, body.depth, **{name: tensor[by] for name, tensor in tensors.items()})
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, T] int64."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])

@@ -230,6 +230,18 @@ def test_same_seed_same_weights(data):
     assert (made[0] - made[3]).abs().mean() < 1e-6
 
 
+def test_same_seed_same_adapter(data):
+    tokenizer, encoder, pairs = data
+    made = []
+    for seed in (0, 0, 1):
+        model = build("llama", tokenizer, seed=0)
+        torch.rand(1 + len(made))  # what was drawn before is nothing to it
+        tune_(model, encoder, pairs[:20], ExitTuning((2,), steps=1, learning_rate=1e-3, lora_rank=2), seed=seed)
+        made.append(model.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
 def test_running_text_is_cut_and_rows_are_held_out(data):
     tokenizer, encoder, pairs = data
     model = build("llama", tokenizer)

@@ -7,14 +7,18 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from remanence.compress.early_exit.calibrate import (
     THRESHOLDS,
     calibrated,
     p_value,
     risk_loss,
     textual_loss,
+    textual_losses,
 )
-from remanence.compress.early_exit.policy import NEVER, Confidence
+from remanence.compress.early_exit.parallel import frozen_at
+from remanence.compress.early_exit.policy import NEVER, Confidence, Fixed, Full
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 POLICY = Confidence(exits=(1, 2))
 
@@ -129,6 +133,45 @@ def test_risk_loss():
     assert risk_loss(0.3, 0.5) == pytest.approx(0.2)
     assert risk_loss(0.7, 0.5) == 0
     assert risk_loss(-3.0, 0.5) == 1
+
+
+def test_losses_of_texts_are_of_what_a_model_says():
+    """Beside single prompts, each token from the whole text anew."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.4,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    prompts = [[3, 5, 8], [30], [7, 7, 21, 9], [12, 4]]
+
+    def says(prompt, depths, end):
+        text, said = list(prompt), []
+        while len(said) < 6:
+            at = torch.tensor([[3] * len(prompt) + [depths] * len(said)])
+            with torch.no_grad(), frozen_at(model, at):
+                said.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+            if said[-1] == end:
+                return said[:-1]
+            text.append(said[-1])
+        return said
+
+    own = model.generation_config
+    for end in (None, says(prompts[0], 3, None)[2]):
+        losses = textual_losses(model, prompts, pad=0, end=end, new_tokens=6, batch_size=3)
+        assert losses(Full()) == [0] * 4
+        wanted = [textual_loss(says(prompt, 1, end), says(prompt, 3, end)) for prompt in prompts]
+        assert losses(Fixed(exits=(1,))) == pytest.approx(wanted)
+        assert max(wanted) > 0
+    assert model.generation_config is own
 
 
 def test_what_is_refused():
