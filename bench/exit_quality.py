@@ -8,6 +8,7 @@ an agent trained by reinforcement has over a classifier of the same states is as
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compress.early_exit.agent import AgentTraining, Reward, Trained, returns, train_agent
 from ..compress.early_exit.anatomy import anatomy
+from ..compress.early_exit.cost import costs
 from ..compress.early_exit.parallel import scored
 from ..compress.early_exit.policy import NEVER, Confidence, Fixed, Full, Policy, Saturation, Schedule
 from ..compress.early_exit.probe import ExitFit, fit_probe
@@ -62,39 +64,64 @@ SEEDS = {"agent": (420, 421, 422)}  # the others: their own
 Array = NDArray[np.float64]
 
 
-def run_quality(
+@dataclass(frozen=True)
+class Subject:
+    """A model tuned for exits, with what it came from and what it is judged on.
+
+    models   "as trained", "trained on (control)" and "tuned for exits"
+    states   of the tuned one, on text that nothing else sees
+    """
+
+    models: dict[str, PreTrainedModel]
+    encoder: Encoder
+    judge: Judge
+    states: States
+
+    @property
+    def tuned(self) -> PreTrainedModel:
+        return self.models["tuned for exits"]
+
+
+def subject(
     seed: int,
     data_dir: str | None = None,
     shape: DemoConfig = SHAPE,
     epochs: int = EPOCHS,
     tuning: ExitTuning = TUNING,
-    agents: dict[str, AgentTraining] | None = None,
     characters: tuple[int, int, int] = (LEARNED, SEEN, JUDGED),
+) -> Subject:
+    """Trained here. data_dir: of WikiText-2; None: about generated people."""
+    learned, seen, judged = _texts(data_dir, characters)
+    tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
+    encoder = Encoder(tokenizer, shape.max_length)
+    models = {"as trained": trained(tokenizer, learned, seed, shape, epochs)}
+    for name, kind in (("trained on (control)", "plain"), ("tuned for exits", tuning.weights)):
+        models[name] = copy.deepcopy(models["as trained"])
+        tune_(models[name], encoder, [("", learned)], replace(tuning, weights=kind), seed)
+    states = _states(models["tuned for exits"], tokenizer, seen, tuning.exits, seed)
+    return Subject(models, encoder, Judge(tokenizer, judged), states)
+
+
+def run_quality(
+    of: Subject, seed: int, agents: dict[str, AgentTraining] | None = None
 ) -> tuple[list[dict], list[dict]]:
     """(rows, checks). Four tables, by their first columns:
 
     model     before tuning, after it, and the control: nats per token at every exit and at full depth on the judged
               text, and how much more than before at full depth, with its interval (pairs of texts)
     exit      what the probe's classifier of it knows, on episodes kept aside
-    policy    at one threshold: mean depth of decoded tokens; agreement with the whole model's likeliest token, with its
-              interval; nats per token and perplexity of the true text. All read one text, whose prompt is at full depth
+    policy    at one threshold: mean depth of decoded tokens, and effective depth, checks and keys included; agreement
+              with the whole model's likeliest token, with its interval; nats per token and perplexity of the true text.
+              All read one text, whose prompt is at full depth
     compared  agreement less the probe's at equal depth: curves are interpolated, and averaged over the depths that
               both have; with its interval (pairs of texts; an agent's own luck is in the seeds)
-
-    data_dir  of WikiText-2; None: about generated people
     """
-    learned, seen, judged = _texts(data_dir, characters)
-    tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
-    model = trained(tokenizer, learned, seed, shape, epochs)
-    judge = Judge(tokenizer, judged)
-    rows, tuned = _tuned(model, Encoder(tokenizer, shape.max_length), judge, learned, tuning, seed)
-    states = _states(tuned, tokenizer, seen, tuning.exits, seed)
-    made = _Policies(tuned, states, agents or AGENTS, seed)
-    rows += made.fits()
-    curves = {name: judge.curve(tuned, policies) for name, policies in made.all()}
-    rows += [row for name, curve in curves.items() for row in curve.rows(name, judge.seed)]
+    made = _Policies(of.tuned, of.states, agents or AGENTS, seed)
+    rows = [*_tuning(of, seed), *made.fits()]
+    curves = {name: of.judge.curve(of.tuned, policies) for name, policies in made.all()}
+    rows += [row for name, curve in curves.items() for row in curve.rows(name, of.judge.seed)]
     compared = [told(against(name, curves[name], curves["probe"], seed)) for name in curves if name != "probe"]
-    return rows + compared, checks(rows, made, tuned, judge)
+    return rows + compared, checks(rows, made, of.tuned, of.judge)
 
 
 def _texts(data_dir: str | None, characters: tuple[int, int, int]) -> tuple[str, str, str]:
@@ -116,9 +143,10 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Read:
-    """One policy on every judged text: means over its decoded tokens, [N] float64."""
+    """One policy on every judged text: means over its decoded tokens, [N] float64; effective: over all of them."""
 
     policy: Policy
+    effective: float
     depth: Array
     agreement: Array
     nll: Array
@@ -149,6 +177,7 @@ class Curve:
                     "threshold": read.policy.threshold if graded else None,
                     "exits": " ".join(map(str, read.policy.exits)),
                     "mean_depth": float(read.depth.mean()),
+                    "effective": read.effective,
                     "agreement": found.value,
                     "low": found.low,
                     "high": found.high,
@@ -174,7 +203,7 @@ class Judge:
     @torch.no_grad()
     def read(self, model: PreTrainedModel, policy: Policy, whole: Tensor) -> Read:
         """whole   [N, k], what `likeliest` says of the model"""
-        columns = []
+        columns, counts = [], Counter[int]()
         for start in range(0, len(self.ids), 32):
             ids = self.ids[start : start + 32]
             decoding = torch.zeros_like(ids, dtype=torch.bool)
@@ -185,8 +214,10 @@ class Judge:
             same = logits.argmax(-1) == whole[start : start + 32]
             nll = cross_entropy(logits.transpose(1, 2), ids[:, CONTEXT + 1 :], reduction="none")
             depth = passed.depths[:, CONTEXT:-1]
+            counts.update(depth.flatten().tolist())
             columns.append(torch.stack([x.double().mean(1) for x in (depth, same, nll)]))
-        return Read(policy, *torch.cat(columns, 1).numpy())
+        effective = costs(model, (CONTEXT + WINDOW) // 2).effective_depth(counts, policy)
+        return Read(policy, effective, *torch.cat(columns, 1).numpy())
 
     def nll(self, model: PreTrainedModel) -> Array:
         """[N], of the whole model."""
@@ -198,30 +229,17 @@ class Judge:
         return Curve(tuple(sorted(reads, key=lambda read: read.depth.mean())))
 
 
-def _tuned(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    judge: Judge,
-    learned: str,
-    tuning: ExitTuning,
-    seed: int,
-) -> tuple[list[dict], PreTrainedModel]:
-    """A row for the model, for the control and for what was tuned, which comes back, too."""
-    models = {"as trained": model}
-    for name, kind in (("trained on (control)", "plain"), ("tuned for exits", tuning.weights)):
-        models[name] = copy.deepcopy(model)
-        tune_(models[name], encoder, [("", learned)], replace(tuning, weights=kind), seed)
-    rows = []
-    depths = (*tuning.exits, anatomy(model).depth)
-    pieces = [("", encoder.tokenizer.decode(ids)) for ids in judge.ids]
-    before = judge.nll(model)
-    for name, made in models.items():
-        losses, _ = exit_losses(made, encoder, pieces, depths)
-        more = bootstrap_mean((judge.nll(made) - before).tolist(), seed)
+def _tuning(of: Subject, seed: int) -> Iterator[dict[str, Any]]:
+    """A row for the model, for the control and for what was tuned."""
+    depths = (*of.states.exits, of.states.layers)
+    pieces = [("", of.encoder.tokenizer.decode(ids)) for ids in of.judge.ids]
+    before = of.judge.nll(of.models["as trained"])
+    for name, made in of.models.items():
+        losses, _ = exit_losses(made, of.encoder, pieces, depths)
+        more = bootstrap_mean((of.judge.nll(made) - before).tolist(), seed)
         row: dict[str, Any] = {"model": name, **{f"nll_{depth}": loss for depth, loss in zip(depths, losses)}}
         row |= {"more": more.value, "low": more.low, "high": more.high}
-        rows.append(told(row))
-    return rows, models["tuned for exits"]
+        yield told(row)
 
 
 def _states(

@@ -26,6 +26,10 @@ BENCHES = {
     "ascend": ("ascend", "the Ascend backend, as deep as this machine can look: each layer of it is a check"),
     "mixed": ("mixed", "a width for every layer, by every measure of sensitivity, beside one width for all"),
     "perp": ("perp", "pruned models retrained: what each group gives back, what it costs, what it brings back"),
+    "early-exit": (
+        "early_exit",
+        "leaving early: beside frozen states, quality by depth and policy, seconds and joules with a KV cache, leaks",
+    ),
     "evaluation": ("evaluation", "TOFU's whole evaluation in batches beside the same work one example at a time"),
     "streaming": ("streaming", "a model twice as large as its memory: compressed, killed, resumed, and as predicted"),
     "startup": ("startup", "seconds until `--help` and `import remanence` are done"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from remanence.bench import exit_quality
-from remanence.bench.exit_quality import CONTEXT, WINDOW, Curve, Judge, Read, against, run_quality, series
+from remanence.bench.exit_quality import CONTEXT, WINDOW, Curve, Judge, Read, against, run_quality, series, subject
 from remanence.bench.texts import texts
 from remanence.compress.early_exit.agent import AgentTraining
 from remanence.compress.early_exit.anatomy import anatomy
@@ -43,6 +43,8 @@ def test_a_reading_is_what_a_shorter_model_says(judged):
 
     fixed = judge.read(model, Fixed(exits=(2,)), whole)
     assert (fixed.depth == 2).all()
+    assert full.effective == pytest.approx(4)
+    assert 2 < fixed.effective < 3  # keys and values of two layers more
     states = model(judge.ids, output_hidden_states=True).hidden_states[2]
     early = anatomy(model).logits(states)[:, CONTEXT:-1].argmax(-1)
     assert fixed.agreement == pytest.approx((early == whole).double().mean(1).numpy())
@@ -52,7 +54,7 @@ def test_a_reading_is_what_a_shorter_model_says(judged):
 def curve(depths, agreements, noise=0.0, seed=0):
     rng = np.random.default_rng(seed)
     reads = [
-        Read(Full(), np.full(60, float(d)), a + noise * rng.normal(size=60), np.zeros(60))
+        Read(Full(), float(d), np.full(60, float(d)), a + noise * rng.normal(size=60), np.zeros(60))
         for d, a in zip(depths, agreements)
     ]
     return Curve(tuple(reads))
@@ -96,7 +98,7 @@ def tiny():
     training = AgentTraining(
         steps=1024, rollout=512, batch_size=128, learning_rate=5e-3, environments=8, standardised=True
     )
-    return run_quality(0, None, SHAPE, 3, tuning, {"learner": training}, (24_000, 9_000, 5_000))
+    return run_quality(subject(0, None, SHAPE, 3, tuning, (24_000, 9_000, 5_000)), 0, {"learner": training})
 
 
 @pytest.mark.slow
