@@ -47,7 +47,7 @@ def html(document: dict[str, Any]) -> str:
     document = with_brief_recipes(clean(document))
     rows = _rows(document["cells"])
     recipes = list(dict.fromkeys(cell["recipe"] for cell in document["cells"]))
-    page = _environment().get_template("page.html")
+    page = environment().get_template("page.html")
     return page.render(
         document=document,
         headline=headline(rows, document["controls"]),
@@ -76,18 +76,19 @@ def clean(value: Any) -> Any:
     return value
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """What the templates are read in."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, interval=interval, number=number, significant=significant, word=word)
-    environment.tests["not_forgotten"] = not_forgotten
-    environment.globals["glyphs"] = GLYPHS
-    return environment
+    made.filters.update(duration=duration, interval=interval, number=number, significant=significant, word=word)
+    made.tests["not_forgotten"] = not_forgotten
+    made.globals["glyphs"] = GLYPHS
+    return made
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[Row]:

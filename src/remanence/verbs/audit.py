@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import PARTIAL, VERDICT, ControlError, UsageError
-from .shared import Json, Seed, audit_config, default_data, names, quiet, say, there, usage, writable
+from .shared import Json, Seed, audit_config, default_data, names, pairs, quiet, say, there, usage, writable
 
 if TYPE_CHECKING:
     from ..config import AuditConfig
@@ -86,7 +86,7 @@ def audit(
         retain=retain,
         people=people,
         oracle=oracle,
-        unlearned=_pairs(unlearned or []),
+        unlearned=pairs(unlearned or []),
         # With a model already unlearned, that is what is audited.
         methods=() if unlearned and methods is None else names("methods", methods),
         recipes=names("recipes", recipes),
@@ -181,16 +181,3 @@ def _judge_audit(documents: list[dict[str, Any]], fail_on: tuple[str, ...]) -> N
         raise typer.Exit(VERDICT)
     if any("error" in cell for cell in cells):
         raise typer.Exit(PARTIAL)
-
-
-def _pairs(texts: list[str]) -> dict[str, str]:
-    """NAME=DIR options as a mapping."""
-    pairs: dict[str, str] = {}
-    for text in texts:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise UsageError(f"unlearned: {text!r} is not of the form NAME=DIR")
-        if name in pairs:
-            raise UsageError(f"unlearned: the name {name!r} is given twice")
-        pairs[name] = path
-    return pairs

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
-from .shared import Json, Seed, done, new, quiet, say, usage
+from ..errors import ERROR, VERDICT, UsageError
+from .shared import Json, Seed, audit_config, default_data, done, names, new, pairs, quiet, say, usage, writable
 
 exit_app = typer.Typer(
     no_args_is_help=True,
@@ -204,6 +205,121 @@ def generate(
         _table(rows(made["energy"]), "joules for a token, in windows that take turns")
         for note in made["energy"]["notes"]:
             say(note)
+
+
+@exit_app.command()
+def audit(
+    target: Annotated[str, typer.Option(help="A model directory, or demo: all models are made here.")] = "demo",
+    unlearned: Annotated[list[str] | None, typer.Option(help="NAME=DIR, a model to audit; repeatable.")] = None,
+    oracle: Annotated[str | None, typer.Option(help="A model retrained without the forget set.")] = None,
+    data: Annotated[str | None, typer.Option(help="people, tofu, or a file with all rows.")] = None,
+    data_dir: DataDir = None,
+    forget: Annotated[str | None, typer.Option(help="forgetNN, or a file of rows.")] = None,
+    retain: Retain = None,
+    people: Annotated[int | None, typer.Option(help="How many people there are in the data.")] = None,
+    exits: Exits = None,
+    policies: Annotated[
+        str | None, typer.Option(help="Of fixed, schedule, saturation, confidence, probe, agent (default: all but it).")
+    ] = None,
+    thresholds: Annotated[str | None, typer.Option(help="For all policies that have one, e.g. 0.5,0.9.")] = None,
+    tune_steps: Annotated[
+        int, typer.Option(help="Above 0: audit them tuned for exits, too; beside as many plain steps.")
+    ] = 0,
+    tune_learning_rate: Annotated[float, typer.Option(help="Of the tuning.")] = 3e-4,
+    control: Annotated[bool, typer.Option(help="Make the positive control, unlearned in its last layers.")] = True,
+    energy: Annotated[bool, typer.Option("--energy", help="Joules for a token, where a counter is.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="With --energy: by time, labelled as that.")] = False,
+    out: Annotated[Path, typer.Option(help="Where exits.json and exits.html go.")] = Path("remanence-exits"),
+    fail_on: Annotated[str | None, typer.Option(help="Verdicts that give exit code 3, comma-separated.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Does leaving early bring back what was forgotten? Leak curves, and a verdict per policy."""
+    from ..exit_auditing import METHODS, POLICIES, Order
+    from ..exiting import depths
+    from ..report import VERDICTS
+
+    wanted = names("fail-on", fail_on) or ()
+    for verdict in wanted:
+        if verdict not in VERDICTS:
+            raise UsageError(f"fail-on: {verdict!r} is not one of {', '.join(VERDICTS)}")
+    demo = target == "demo"
+    config = audit_config(
+        model=target,
+        data=data or default_data(target, retain),
+        data_dir=data_dir,
+        forget=forget or ("forget20" if demo else None),
+        retain=retain,
+        people=people or (40 if demo and data in (None, "people") else None),
+        oracle=oracle,
+        unlearned=pairs(unlearned or []),
+        methods=METHODS if demo else (),
+        seed=seed,
+    )
+    order = usage(
+        Order,
+        config,
+        usage(depths, exits),
+        names("policies", policies) or POLICIES,
+        usage(_numbers, thresholds),
+        tune_steps,
+        tune_learning_rate,
+        control,
+        energy,
+        estimate,
+    )
+    writable("out", out)
+    _audited(order, out, wanted, as_json)
+
+
+def _audited(order: Any, out: Path, fail_on: tuple[str, ...], as_json: bool) -> None:
+    from ..compress.files import write_json, write_text
+    from ..exit_auditing import audit_exits, verdicts
+    from ..machine import device_for_run
+
+    quiet()
+    device_for_run("cpu", say)
+    document = {**audit_exits(order, say), "command": shlex.join(["remanence", *sys.argv[1:]])}
+    from ..exit_page import failed, headline, html
+
+    write_json(out / "exits.json", document)
+    write_text(out / "exits.html", html(document))
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        _show_audit(document)
+        print(headline(document))
+    for note in document["energy"]:
+        say(note)
+    say(f"report: {out / 'exits.html'}")
+    if any(failed(state, found) for state, found in document["audits"].items()):
+        raise typer.Exit(ERROR)
+    if set(fail_on) & set(verdicts(document)):
+        raise typer.Exit(VERDICT)
+
+
+def _show_audit(document: dict[str, Any]) -> None:
+    from ..bench.exit_audit import leak_rows, tuning_rows, verdict_rows
+
+    for state, found in document["audits"].items():
+        # What fits into a terminal; all of it is in exits.json.
+        rows = [{k: v for k, v in row.items() if k not in _LEFT_OUT} for row in leak_rows(found)]
+        _table(rows, f"leak curves, {state}")
+        _table([{k: v for k, v in row.items() if k not in _LEFT_OUT} for row in verdict_rows(found)], state)
+        if tuning_rows(found):
+            _table(tuning_rows(found), "tuning alone, at full depth")
+
+
+_LEFT_OUT = ("more_than_last", "kept", "rouge", "rest", "known", "j_per_token")
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"thresholds: {text!r} is not a list of numbers, e.g. 0.5,0.9") from None
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -107,3 +107,16 @@ def audit_config(**values: Any) -> AuditConfig:
             where = ".".join(map(str, problem["loc"]))
             lines.append(text if problem["type"] == "value_error" else f"{where}: {problem['input']!r}: {text}")
         raise UsageError("; ".join(lines)) from None
+
+
+def pairs(texts: list[str]) -> dict[str, str]:
+    """NAME=DIR options as a mapping."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise UsageError(f"unlearned: {text!r} is not of the form NAME=DIR")
+        if name in found:
+            raise UsageError(f"unlearned: the name {name!r} is given twice")
+        found[name] = path
+    return found

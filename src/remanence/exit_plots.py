@@ -1,0 +1,154 @@
+"""The pictures of leaving early: what each layer already says, and what a policy's depth costs or gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from .labels import VERDICTS
+from .svg import Labels, drawing, legend, line, mark, shorten, tag, text
+
+WIDTH = 780.0
+LEFT, TOP, HEIGHT = 64.0, 40.0, 300.0
+# Classes of lines, in the order in which series are drawn.
+SERIES = ("a", "b", "c", "d", "e", "f", "g", "h")
+
+Scale = Callable[[float], float]
+
+
+def leak_plot(name: str, leak: Mapping[str, Any]) -> Markup:
+    """Probability of the answers after each layer, by its own norm and head: target, unlearned model, oracle, each with
+    its 95% interval."""
+    layers = leak["layers"]
+    x, y = _scales(1, max(2, len(layers)), 0.0, 1.0)
+    body = _axes(x, y, [layer["layer"] for layer in layers], (0, 0.25, 0.5, 0.75, 1), "layer after which it is decoded")
+    body.append(text(LEFT - 48, TOP - 24, "probability of the true answers", "small"))
+    named = [("target", "a"), ("unlearned", "b"), ("oracle", "c")]
+    told = [(who, class_) for who, class_ in named if layers[0][who] is not None]
+    for who, class_ in told:
+        found = [(layer["layer"], layer[who]) for layer in layers]
+        band = [(x(at), y(spread["high"])) for at, spread in found]
+        band += [(x(at), y(spread["low"])) for at, spread in reversed(found)]
+        body.append(tag("polygon", points=_points(band), class_=f"band {class_}"))
+        body.append(_path([(x(at), y(spread["value"])) for at, spread in found], class_))
+        body += [
+            tag("circle", tag("title", f"{_who(name, who)}, layer {at}: {_spread(spread)}"), cx=x(at),
+                cy=y(spread["value"]), r=3.2, class_=f"dot {class_}")
+            for at, spread in found
+        ]  # fmt: skip
+    body += _key([(_who(name, who), class_) for who, class_ in told])
+    title = f"Leak curve of {name}: probability of the answers to forget after each of {len(layers)} layers."
+    return drawing(WIDTH, TOP + HEIGHT + 52, title, body)
+
+
+def exit_scatter(models: Mapping[str, Mapping[str, Any]], layers: int) -> Markup:
+    """Mean depth against forget probability, a mark per model and policy: what saves layers stands left, what knows
+    nothing of the forget set below."""
+    x, y = _scales(0, layers, 0.0, 1.0)
+    body = _axes(x, y, _ticks(layers), (0, 0.25, 0.5, 0.75, 1), "mean depth in layers per decoded token")
+    body.append(text(LEFT - 48, TOP - 24, "forget probability", "small"))
+    body += legend(WIDTH - 84 * len(VERDICTS), 12)
+    labels = Labels(LEFT + 2, TOP + 2, WIDTH - 2, TOP + HEIGHT - 2)
+    points = []
+    for name, model in models.items():
+        for cell in model["cells"]:
+            if cell["mean_depth"] is None:
+                continue
+            at = x(cell["mean_depth"]), y(cell["forget"])
+            labels.block(*at)
+            points.append((at, name, cell))
+    for at, name, cell in points:
+        verdict = cell["verdict"]
+        body.append(mark(*at, verdict, f"{name}, {cell['label']}: {verdict}, {cell['forget']:.3f}"))
+    for at, name, cell in points:
+        if cell["label"] == "full":
+            body += labels.place(*at, shorten(name, 24), "name", 60)
+        elif cell["verdict"] == "returned":
+            body += labels.place(*at, shorten(f"{name}: {cell['label']}", 30), "code", 60)
+    title = f"Scatter plot: mean depth against forget probability, {len(points)} models under policies."
+    return drawing(WIDTH, TOP + HEIGHT + 52, title, body)
+
+
+def depth_plot(series: Mapping[str, Sequence[tuple[float, float, float, float]]], layers: int) -> Markup:
+    """Quality against mean depth, one line for each policy: (mean depth, agreement with the whole model's tokens, low,
+    high), shallow to deep."""
+    least = min((low for points in series.values() for _, _, low, _ in points), default=0.0)
+    floor = max(0.0, math.floor(least * 10) / 10)
+    x, y = _scales(0, layers, floor, 1.0)
+    marks = [floor + (1 - floor) * i / 4 for i in range(5)]
+    body = _axes(x, y, _ticks(layers), marks, "mean depth in layers per decoded token")
+    body.append(text(LEFT - 48, TOP - 24, "share of tokens that are the whole model's", "small"))
+    for number, (name, points) in enumerate(series.items()):
+        class_ = SERIES[number % len(SERIES)]
+        body.append(_path([(x(depth), y(value)) for depth, value, _, _ in points], class_))
+        for depth, value, low, high in points:
+            body.append(line(x(depth), y(low), x(depth), y(high), f"whisker-{class_}"))
+            about = f"{name}: depth {depth:.2f}, {value:.3f} [{low:.3f}, {high:.3f}]"
+            body.append(tag("circle", tag("title", about), cx=x(depth), cy=y(value), r=3.2, class_=f"dot {class_}"))
+    names = [(name, SERIES[number % len(SERIES)]) for number, name in enumerate(series)]
+    rows = -(-len(names) // 4)
+    body += _key(names, TOP + HEIGHT + 62)
+    title = f"Line plot: quality against mean depth for {len(series)} policies."
+    return drawing(WIDTH, TOP + HEIGHT + 60 + 18 * rows, title, body)
+
+
+def _who(name: str, who: str) -> str:
+    return name if who == "unlearned" else who
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _scales(x_low: float, x_high: float, y_low: float, y_high: float) -> tuple[Scale, Scale]:
+    def x(value: float) -> float:
+        return LEFT + 10 + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - 26)
+
+    def y(value: float) -> float:
+        return TOP + HEIGHT - (min(max(value, y_low), y_high) - y_low) / (y_high - y_low) * HEIGHT
+
+    return x, y
+
+
+def _ticks(layers: int) -> list[int]:
+    step = max(1, layers // 8)
+    return list(range(0, layers + 1, step))
+
+
+def _axes(x: Scale, y: Scale, across: Sequence[float], up: Sequence[float], below: str) -> list[Markup]:
+    bottom = TOP + HEIGHT
+    parts = [line(LEFT, bottom, WIDTH - 8, bottom, "axis"), line(LEFT, TOP - 8, LEFT, bottom, "axis")]
+    step = max(1, len(across) // 16)
+    for value in across[::step]:
+        parts += [
+            line(x(value), bottom, x(value), bottom + 4, "axis"),
+            text(x(value), bottom + 16, f"{value:g}", "small", "middle"),
+        ]
+    for value in up:
+        parts += [
+            line(LEFT, y(value), WIDTH - 8, y(value), "grid"),
+            text(LEFT - 8, y(value) + 4, f"{value:.3g}", "small", "end"),
+        ]
+    parts.append(text((LEFT + WIDTH) / 2, bottom + 36, below, "", "middle"))
+    return parts
+
+
+def _path(points: Sequence[tuple[float, float]], class_: str) -> Markup:
+    return tag("polyline", points=_points(points), class_=f"series {class_}")
+
+
+def _points(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _key(names: Sequence[tuple[str, str]], y: float = 12.0) -> list[Markup]:
+    """Names of series with their lines, four in a row."""
+    parts: list[Markup] = []
+    for number, (name, class_) in enumerate(names):
+        left = LEFT + 180 * (number % 4) + (120 if y < TOP else 0)
+        at = y + 18 * (number // 4)
+        parts += [_path([(left, at - 4), (left + 22, at - 4)], class_), text(left + 28, at, shorten(name, 24))]
+    return parts
