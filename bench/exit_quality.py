@@ -49,7 +49,8 @@ WINDOW, CONTEXT = 64, 24
 QUANTILES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 # Depths at which curves are compared.
 GRID = 9
-# 500,000 decisions in the paper; fewer, at a rate for as few, on standardised states, in ours.
+# 500,000 decisions in the paper; fewer, at a rate for as few, on standardised states, in ours. An agent that is behind
+# the probe here may be short of them: with 200,000 at this rate one came up to it, in minutes for the probe's seconds.
 STEPS = 40_000
 AGENTS = {
     "agent": AgentTraining(steps=STEPS, learning_rate=1e-3, standardised=True),
