@@ -114,7 +114,7 @@ def exit_weights(
     geometric   GREEN-CODE's: exits up to half of the layers share `shallow`, those above share `deep`, in either group
                 each weighs `ratio` times the one before it, and the whole model has the rest. A half without exits
                 leaves its weight to the other's: the whole model's share does not depend on where the exits are
-    calm        proportional to the exit's number, the whole model the last: deeper weighs more
+    calm        proportional to the depth, the whole model's included: deeper weighs more
     uniform     1 / (exits + 1)
     plain       0, and 1 for the whole model
     Raises ValueError naming `weights`, `exits`, `ratio`, `shallow` or `deep`.
@@ -127,10 +127,10 @@ def exit_weights(
         halves = [[e for e in exits if 2 * e <= layers], [e for e in exits if 2 * e > layers]]
         shares = [shallow, deep] if all(halves) else [shallow + deep] * 2
         grouped = [_falling(len(half), share, ratio) for half, share in zip(halves, shares, strict=True)]
-        return (*grouped[0], *grouped[1], 1 - shallow - deep)
+        return (*grouped[0], *grouped[1], 1 - (shallow + deep))
     count = len(exits) + 1
     if kind == "calm":
-        return tuple(2 * i / (count * (count + 1)) for i in range(1, count + 1))
+        return tuple(depth / (sum(exits) + layers) for depth in (*exits, layers))
     if kind == "uniform":
         return (1 / count,) * count
     if kind == "plain":

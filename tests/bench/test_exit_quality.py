@@ -17,7 +17,7 @@ from remanence.unlearn.demo import DemoConfig, byte_bpe, demo_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPE = DemoConfig(vocab_size=400, hidden_size=32, intermediate_size=48, layers=4, heads=2, kv_heads=1, max_length=64)
+SHAPE = DemoConfig(vocab_size=400, hidden_size=32, intermediate_size=48, layers=4, heads=2, kv_heads=1, max_length=80)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,7 @@ def test_geometric_weights_are_the_published_ones():
 
 def test_other_weights():
     assert exit_weights("calm", (2, 4, 6), 8) == pytest.approx((0.1, 0.2, 0.3, 0.4))
+    assert exit_weights("calm", (1, 6), 8) == pytest.approx((1 / 15, 6 / 15, 8 / 15))
     assert exit_weights("uniform", (2, 4, 6), 8) == (0.25,) * 4
     assert exit_weights("plain", (2, 4, 6), 8) == (0, 0, 0, 1)
 
@@ -79,6 +80,8 @@ def test_other_weights():
 def test_a_half_without_exits_leaves_its_weight_to_the_other():
     assert exit_weights("geometric", (1, 2), 8) == pytest.approx((0.9 / 1.9, 0.81 / 1.9, 0.1))
     assert exit_weights("geometric", (5, 7), 8) == pytest.approx((0.9 / 1.9, 0.81 / 1.9, 0.1))
+    assert exit_weights("geometric", (4, 5), 8, shallow=0.8, deep=0.2) == pytest.approx((0.8, 0.2, 0.0))
+    assert exit_weights("geometric", (4, 5), 8, shallow=0.8, deep=0.2)[-1] >= 0
     # The half's border belongs to the shallow ones.
     assert exit_weights("geometric", (4, 5), 8) == pytest.approx((0.7, 0.2, 0.1))
 
