@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel
 
 from ..unlearn.data import EvalSet
-from ..unlearn.encode import Encoder
+from ..unlearn.encode import Batch, Encoder
 from .generation import answer_questions
 from .memorisation import exact_memorisation, extraction_strength
 from .privacy import ATTACKS
@@ -54,10 +55,27 @@ class Scores:
         return cls(Items(**{key: value[key] for key in Items.__dataclass_fields__}), **fields)
 
 
+class Serving(Protocol):
+    """How a model is served, where that is not as a whole."""
+
+    def reading(self, batch: Batch) -> AbstractContextManager[object]:
+        """Around a pass over given answers."""
+
+    def writing(self) -> AbstractContextManager[object]:
+        """Around `generate`."""
+
+
 def evaluate(
-    model: PreTrainedModel, encoder: Encoder, items: EvalSet, batch_size: int = 64, generate: bool = True
+    model: PreTrainedModel,
+    encoder: Encoder,
+    items: EvalSet,
+    batch_size: int = 64,
+    generate: bool = True,
+    serving: Serving | None = None,
 ) -> Scores:
     """Score `model` on every row of `items`. Without `generate`, answers are empty and ROUGE is 0.
+
+    serving   as it is served (bench/exit_serving.py); None: as a whole
 
     Neither order nor batches decide a result, but for float32 rounding. Raises ValueError for an empty set.
     """
@@ -68,11 +86,15 @@ def evaluate(
     pairs = [(r.question, r.answer) for r in rows]
     paraphrased = [(r.question, r.paraphrased_answer) for r in rows if r.paraphrased_answer]
     wrong = [(r.question, answer) for r in rows for answer in r.perturbed_answers]
-    scored = score_answers(model, encoder, [*pairs, *paraphrased, *wrong], batch_size)
+    reading = None if serving is None else serving.reading
+    scored = score_answers(model, encoder, [*pairs, *paraphrased, *wrong], batch_size, reading)
     right = scored[: len(rows)]
     others = iter([answer.nll for answer in scored[len(rows) :]])
     base = [next(others) if r.paraphrased_answer else answer.nll for r, answer in zip(rows, right, strict=True)]
-    said = answer_questions(model, encoder, rows, batch_size, known=right) if generate else [""] * len(rows)
+    said = [""] * len(rows)
+    if generate:
+        with nullcontext() if serving is None else serving.writing():
+            said = answer_questions(model, encoder, rows, batch_size, known=right)
     truths = [r.answer for r in rows]
     return Scores(
         Items(

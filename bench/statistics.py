@@ -128,14 +128,42 @@ def share_draws(part: Sequence[float], floor: Sequence[float], whole: Sequence[f
     gap = float(w.mean() - f.mean())
     if gap == 0:
         raise ValueError("share: whole and floor have the same mean; there is no gap to take a share of")
+    shares, influence = _shares(p, f, w, seed)
+    far = np.where(np.arange(RESAMPLES) % 2 == 0, np.inf, -np.inf)
+    share = float(p.mean() - f.mean()) / gap
+    return Draws(share, np.where(np.isnan(shares), far, shares), len(p), _acceleration(influence * abs(gap)))
+
+
+Shares = tuple[Sequence[float], Sequence[float], Sequence[float]]
+
+
+def share_difference_draws(first: Shares, second: Shares, seed: int) -> Draws:
+    """How much larger the first share is than the second, each (part, floor, whole) as share_draws takes them, of the
+    same items, which are resampled jointly. A resample in which either has no gap counts as there."""
+    if len({len(values) for values in (*first, *second)}) != 1:
+        raise ValueError(
+            f"share: lists of {[len(values) for values in (*first, *second)]} items; equal ones are needed"
+        )
+    ours, theirs = share_draws(*first, seed), share_draws(*second, seed)
+    (a, by_ours), (b, by_theirs) = (
+        _shares(*(np.asarray(values, dtype=np.float64) for values in parts), seed) for parts in (first, second)
+    )
+    far = np.where(np.arange(RESAMPLES) % 2 == 0, np.inf, -np.inf)
+    draws = np.where(np.isnan(a - b), far, a - b)
+    return Draws(ours.value - theirs.value, draws, ours.items, _acceleration(by_ours - by_theirs))
+
+
+def _shares(
+    p: NDArray[np.float64], f: NDArray[np.float64], w: NDArray[np.float64], seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The share in each resample, NaN where it has no gap or one of the other sign; each item's influence on it."""
+    gap = float(w.mean() - f.mean())
     index = resamples(len(p), seed)
     gaps = (w[index].mean(1) - f[index].mean(1)) * np.sign(gap)
     tops = (p[index].mean(1) - f[index].mean(1)) * np.sign(gap)
-    usable = gaps > 0
-    far = np.where(np.arange(RESAMPLES) % 2 == 0, np.inf, -np.inf)
-    draws = np.where(usable, tops / np.where(usable, gaps, 1.0), far)
+    shares = np.where(gaps > 0, tops / np.where(gaps > 0, gaps, 1.0), np.nan)
     share = float(p.mean() - f.mean()) / gap
-    return Draws(share, draws, len(p), _acceleration(((p - f) - share * (w - f)) * np.sign(gap)))
+    return shares, ((p - f) - share * (w - f)) / gap
 
 
 def bootstrap_mean(values: Sequence[float], seed: int) -> Interval:

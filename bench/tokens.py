@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..unlearn.encode import IGNORE, Encoder
+from ..unlearn.encode import IGNORE, Batch, Encoder
 from ..unlearn.layers import device_of, forward
 from .tofu import FLOOR
 
@@ -45,27 +46,58 @@ class Answer:
         return math.exp(-self.nll)
 
 
+# Opened around the pass over a batch: what serves the model otherwise than as a whole.
+Around = Callable[[Batch], AbstractContextManager[object]]
+
+
 def answers(
-    network: nn.Module, encoder: Encoder, pairs: Sequence[tuple[str, str]], batch_size: int = 64
+    network: nn.Module,
+    encoder: Encoder,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = 64,
+    around: Around | None = None,
 ) -> list[Answer]:
     """Score each (question, answer), in the order given; without a question: each text.
 
     A row's result does not depend on the batch but for float32 rounding (1e-4 nats at most on models of this size).
     Raises ValueError for a pair longer than the model takes.
     """
+
+    def logits(batch: Batch, at: Tensor) -> list[Tensor]:
+        with nullcontext() if around is None else around(batch):
+            return [forward(network, batch)[:, :-1][at]]
+
+    return next(iter(several_answers(network, encoder, pairs, batch_size, logits)), [])
+
+
+def several_answers(
+    network: nn.Module,
+    encoder: Encoder,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int,
+    logits: Callable[[Batch, Tensor], Iterable[Tensor]],
+) -> list[list[Answer]]:
+    """As `answers`, in several ways at once; nothing for no pairs.
+
+    logits   batch, at [B, T - 1] bool -> for each way logits [n, V] at the positions `at`, which predict an answer's
+             tokens; one way's are there at a time
+    """
     encoded = [encoder.pair(question, answer) for question, answer in pairs]
-    found: list[Answer | None] = [None] * len(pairs)
+    found: list[list[Answer | None]] = []
     with torch.no_grad():
         for chosen in by_length([len(ids) for ids, _ in encoded], batch_size):
             batch = encoder.collate([encoded[i] for i in chosen], device_of(network))
             wanted = batch.labels[:, 1:]
             at = wanted != IGNORE
-            columns = _columns(forward(network, batch)[:, :-1][at], wanted[at])
             lengths = at.sum(1).tolist()
-            rows = zip(chosen, *(column.split(lengths) for column in columns), strict=True)
-            for i, log_p, greedy, mean, deviation, finite in rows:
-                found[i] = Answer(log_p, greedy, mean, deviation, bool(finite.all()))
-    return [answer for answer in found if answer is not None]
+            for number, z in enumerate(logits(batch, at)):
+                if number == len(found):
+                    found.append([None] * len(pairs))
+                columns = _columns(z, wanted[at])
+                rows = zip(chosen, *(column.split(lengths) for column in columns), strict=True)
+                for i, log_p, greedy, mean, deviation, finite in rows:
+                    found[number][i] = Answer(log_p, greedy, mean, deviation, bool(finite.all()))
+    return [[answer for answer in way if answer is not None] for way in found]
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

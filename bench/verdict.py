@@ -69,7 +69,18 @@ class Judgement:
     p_held: float
 
 
-def judge(cells: Sequence[Evidence], seed: int) -> list[Judgement]:
+@dataclass(frozen=True)
+class Words:
+    """What a reason calls the pressure, and the one way of applying it."""
+
+    pressure: str = "compression"
+    way: str = "recipe"
+
+
+COMPRESSION = Words()
+
+
+def judge(cells: Sequence[Evidence], seed: int, words: Words = COMPRESSION) -> list[Judgement]:
     """The verdicts on one model under the recipes of an audit; every decision at 2.5% over all of them together.
 
     returned    the recovered share lies above MARGIN, and the known share too
@@ -84,7 +95,7 @@ def judge(cells: Sequence[Evidence], seed: int) -> list[Judgement]:
     returned = holm([assay.p_returned for assay in assays])
     held = holm([assay.p_held for assay in assays])
     damaged = holm([assay.p_damaged for assay in assays])
-    return [_judgement(*evidence) for evidence in zip(assays, returned, held, damaged, strict=True)]
+    return [_judgement(*evidence, words) for evidence in zip(assays, returned, held, damaged, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -155,22 +166,22 @@ def _assay(cell: Evidence, seed: int) -> _Assay:
     )
 
 
-def _judgement(assay: _Assay, p_returned: float, p_held: float, p_damaged: float) -> Judgement:
-    verdict, reason = _word(assay, p_returned <= TAIL, p_held <= TAIL, p_damaged <= TAIL)
+def _judgement(assay: _Assay, p_returned: float, p_held: float, p_damaged: float, words: Words) -> Judgement:
+    verdict, reason = _word(assay, p_returned <= TAIL, p_held <= TAIL, p_damaged <= TAIL, words)
     known = assay.known.interval() if assay.known else None
     kept = assay.kept.interval() if assay.kept else None
     recovered = assay.recovered.interval()
     return Judgement(verdict, reason, assay.unforgotten, recovered, assay.recovered_of, known, kept, p_returned, p_held)
 
 
-def _word(assay: _Assay, returned: bool, held: bool, damaged: bool) -> tuple[Word, str]:
+def _word(assay: _Assay, returned: bool, held: bool, damaged: bool, words: Words) -> tuple[Word, str]:
     if not assay.taught:
         return "undecided", "the target is not shown to know the forget set, so there is nothing to forget"
     if not assay.left:
         if damaged:
-            return "damaged", "the recipe alone erases what the target knew; nothing is left to come back"
-        return "undecided", "too few items show what the recipe left of what the target knew"
-    gave = f"compression gave back {assay.recovered.value:.0%} of what was forgotten"
+            return "damaged", f"the {words.way} alone erases what the target knew; nothing is left to come back"
+        return "undecided", f"too few items show what the {words.way} left of what the target knew"
+    gave = f"{words.pressure} gave back {assay.recovered.value:.0%} of what was forgotten"
     if returned:
         return "returned", gave
     if assay.collapsed:
@@ -185,9 +196,12 @@ def _word(assay: _Assay, returned: bool, held: bool, damaged: bool) -> tuple[Wor
     if held:
         return "held", gave
     if assay.unforgotten and not assay.forgot:
-        return "undecided", "never forgotten: before compression it answers as the target does; nothing could return"
+        return (
+            "undecided",
+            f"never forgotten: before {words.pressure} it answers as the target does; nothing could return",
+        )
     if assay.unforgotten:
-        return "undecided", "not forgotten: before compression it knew more than half of what the target knows"
+        return "undecided", f"not forgotten: before {words.pressure} it knew more than half of what the target knows"
     return "undecided", "the evidence allows both; more forget items would decide"
 
 
