@@ -355,7 +355,7 @@ def leak_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The leak curves, for a terminal's table."""
     return [
         {
-            "model": name,
+            "leak_of": name,
             "layer": layer["layer"],
             "p_target": layer["target"]["value"],
             "p_unlearned": layer["unlearned"]["value"],
@@ -375,7 +375,7 @@ def verdict_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The answer per model and policy, for a terminal's table."""
     return [
         {
-            "model": name,
+            "served": name,
             "policy": cell["label"],
             "mean_depth": cell["mean_depth"],
             "p_forget": cell["forget"],
@@ -396,8 +396,8 @@ def tuning_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What tuning alone gave back, for a terminal's table."""
     return [
         {
-            "model": name,
-            "tuned": kind,
+            "tuned": name,
+            "by": kind,
             "p_before": found["forget_before"],
             "p_after": found["forget"],
             "p_retain": found["retain"],
