@@ -35,8 +35,8 @@ PEOPLE, FORGET = 40, "forget20"
 SHAPE = DemoConfig(layers=8, hidden_size=128, intermediate_size=320, max_length=128)
 EXITS = (2, 4, 6)
 THRESHOLDS = {"saturation": (0.9, 0.95), "confidence": (0.5, 0.9)}
-# Of the positive control: so many of the last layers, in which NPO at this rate takes all. Faster than the whole model's,
-# as a quarter of the weights does all of it.
+# Of the positive control: so many of the last layers, in which NPO takes all. Faster than the whole model's, as a
+# quarter of the weights does all of it.
 LAST = 2
 LATE = {"steps": 80, "learning_rate": 1e-3, "gamma": 0.3}
 TUNING = ExitTuning(exits=EXITS, steps=50, learning_rate=3e-4, batch_size=32)
@@ -147,8 +147,8 @@ def _tuned(
 
 @torch.no_grad()
 def differing(model: Any, encoder: Encoder, rows: Sequence[QA], depth: int) -> int:
-    """Answers that draft-and-verify (transformers' own: the first `depth` layers draft, all verify) gives otherwise than
-    the whole model."""
+    """Answers that draft-and-verify (transformers' own: the first `depth` layers draft, all verify) gives unlike the
+    whole model."""
     end = {"pad_token_id": encoder.tokenizer.pad_token_id, "eos_token_id": encoder.tokenizer.eos_token_id}
     layers, differ = model.config.num_hidden_layers, 0
     for row in rows:
