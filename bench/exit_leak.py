@@ -116,6 +116,9 @@ def leak_curve(
     for name, other in (("target", target), ("oracle", floor)):
         if len(other.probability) != depth:
             raise ValueError(f"{name}: {len(other.probability)} layers beside {depth} of the unlearned model")
+        items = [len(row) for one in (unlearned, other) for row in one.probability]
+        if len(set(items)) != 1:
+            raise ValueError(f"{name}: curves of {min(items)} to {max(items)} items; equal ones are needed")
     parts = list(zip(unlearned.probability, floor.probability, target.probability, strict=True))
     apart = [_apart(whole, low, seed) for _, low, whole in parts]
     compared = [layer for layer in range(depth - 1) if apart[layer] and apart[-1]]

@@ -14,19 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
+from ..compress.early_exit.draft import draft_and_verify
 from ..compress.early_exit.policy import Confidence, Fixed, Policy, Saturation, Schedule
 from ..unlearn.catalog import settings
-from ..unlearn.data import QA, Corpus
+from ..unlearn.data import QA, Corpus, EvalSet
 from ..unlearn.demo import DemoConfig, demo_tokenizer, train_demo
-from ..unlearn.encode import Encoder
+from ..unlearn.encode import Encoder, pad_id
 from ..unlearn.exit_tuning import ExitTuning, tune_
 from ..unlearn.layers import decoder_layers
 from ..unlearn.methods import unlearn
 from ..unlearn.people import people_corpus
 from .exit_audit import exit_document, leak_rows, measure_exits, swept, tuning_rows, verdict_rows
+from .generation import left_padded
 from .w4a4 import TUNED
 
 METHODS = ("npo", "rmu")
@@ -35,8 +36,8 @@ PEOPLE, FORGET = 40, "forget20"
 SHAPE = DemoConfig(layers=8, hidden_size=128, intermediate_size=320, max_length=128)
 EXITS = (2, 4, 6)
 THRESHOLDS = {"saturation": (0.9, 0.95), "confidence": (0.5, 0.9)}
-# Of the positive control: so many of the last layers, in which NPO at this rate takes all. Faster than the whole model's,
-# as a quarter of the weights does all of it.
+# Of the positive control: so many of the last layers, in which NPO takes all. Faster than the whole model's, as a
+# quarter of the weights does all of it.
 LAST = 2
 LATE = {"steps": 80, "learning_rate": 1e-3, "gamma": 0.3}
 TUNING = ExitTuning(exits=EXITS, steps=50, learning_rate=3e-4, batch_size=32)
@@ -57,7 +58,16 @@ def run_leak(
     """
     corpus = corpus or people_corpus(PEOPLE, FORGET, seed)
     encoder, models = made(seed, corpus, config, methods)
-    return audited(models, encoder, corpus, policies(tuning.exits), tuning, seed)
+    return audited(models, encoder, _short(corpus), policies(tuning.exits), tuning, seed)
+
+
+def _short(corpus: Corpus) -> Corpus:
+    """What the tables need: the true answers to the forgotten and to kept rows. Wrong ones are most of the time."""
+    forget, kept = (
+        tuple(QA(row.question, row.answer, person=row.person) for row in rows)
+        for rows in (corpus.forget, corpus.utility["retain"].rows)
+    )
+    return replace(corpus, forget=forget, utility={"retain": EvalSet(kept)})
 
 
 def policies(exits: Sequence[int]) -> list[Policy]:
@@ -119,7 +129,7 @@ def audited(
         measured[name] = measure_exits(model, encoder, corpus, served)
         _told(f"{name} measured")
         exits, plain = (_tuned(model, encoder, corpus.retain, tuning, kind, seed) for kind in (tuning.weights, "plain"))
-        tuned[name] = measure_exits(exits, encoder, corpus, served, {"untuned": model, "plain": plain})
+        tuned[name] = measure_exits(exits, encoder, corpus, served, {"untuned": model, "plain": plain}, generate=False)
         _told(f"{name} tuned and measured")
     documents = {
         "no": exit_document(corpus, measured, seed, positive),
@@ -145,22 +155,17 @@ def _tuned(
     return found
 
 
-@torch.no_grad()
-def differing(model: Any, encoder: Encoder, rows: Sequence[QA], depth: int) -> int:
-    """Answers that draft-and-verify (transformers' own: the first `depth` layers draft, all verify) gives otherwise than
-    the whole model."""
-    end = {"pad_token_id": encoder.tokenizer.pad_token_id, "eos_token_id": encoder.tokenizer.eos_token_id}
-    layers, differ = model.config.num_hidden_layers, 0
-    for row in rows:
-        ids = torch.tensor([encoder.prompt_ids(row.question)], device=model.device)
-        same = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, **end}
-        try:
-            drafted = model.generate(ids, assistant_early_exit=depth, **same)
-        finally:
-            # An error on the way would leave it shortened.
-            model.config.num_hidden_layers = layers
-        differ += not torch.equal(drafted, model.generate(ids, **same))
-    return differ
+def differing(model: PreTrainedModel, encoder: Encoder, rows: Sequence[QA], depth: int) -> int:
+    """Answers that draft-and-verify (the first `depth` layers draft) gives unlike the whole model."""
+    pad, end = pad_id(encoder.tokenizer), encoder.tokenizer.eos_token_id
+    ids, mask = left_padded([encoder.prompt_ids(row.question) for row in rows], pad)
+    more: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": end, "pad_token_id": pad}
+    network: Any = model
+    whole = network.generate(input_ids=ids, attention_mask=mask, do_sample=False, **more)
+    drafted = draft_and_verify(model, ids, mask, depth, **more).sequences
+    if whole.shape != drafted.shape:
+        return len(rows)
+    return int((whole != drafted).any(1).sum())
 
 
 def _checks(documents: Mapping[str, Any], drafted: Mapping[str, int]) -> list[dict[str, Any]]:

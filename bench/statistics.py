@@ -146,7 +146,8 @@ def share_difference_draws(first: Shares, second: Shares, seed: int) -> Draws:
         )
     ours, theirs = share_draws(*first, seed), share_draws(*second, seed)
     (a, by_ours), (b, by_theirs) = (
-        _shares(*(np.asarray(values, dtype=np.float64) for values in parts), seed) for parts in (first, second)
+        _shares(_finite("part", part), _finite("floor", floor), _finite("whole", whole), seed)
+        for part, floor, whole in (first, second)
     )
     far = np.where(np.arange(RESAMPLES) % 2 == 0, np.inf, -np.inf)
     draws = np.where(np.isnan(a - b), far, a - b)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from .bench.exit_audit import tuning_rows
-from .exit_plots import exit_scatter, leak_plot
+from .exit_plots import leak_plot, pareto_plot
 from .labels import GLYPHS
 from .page import clean, environment
 
@@ -28,7 +28,10 @@ def html(document: dict[str, Any]) -> str:
             roles=_ROLES,
             glyphs=GLYPHS,
             labels={state: [c["label"] for c in _cells(audit)] for state, audit in audits.items()},
-            scatters={state: exit_scatter(audit["models"], audit["layers"]) for state, audit in audits.items()},
+            paretos={
+                state: {n: pareto_plot(n, m["cells"], audit["layers"]) for n, m in audit["models"].items()}
+                for state, audit in audits.items()
+            },
             curves={
                 state: {n: leak_plot(n, m["leak"]) for n, m in audit["models"].items() if m["leak"]}
                 for state, audit in audits.items()

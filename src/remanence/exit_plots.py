@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
@@ -21,7 +22,7 @@ Scale = Callable[[float], float]
 
 def leak_plot(name: str, leak: Mapping[str, Any]) -> Markup:
     """Probability of the answers after each layer, by its own norm and head: target, unlearned model, oracle, each with
-    its 95% interval."""
+    its 95% interval. A ring stands at the layers that are shown to leak more than the last."""
     layers = leak["layers"]
     x, y = _scales(1, max(2, len(layers)), 0.0, 1.0)
     body = _axes(x, y, [layer["layer"] for layer in layers], (0, 0.25, 0.5, 0.75, 1), "layer after which it is decoded")
@@ -39,36 +40,32 @@ def leak_plot(name: str, leak: Mapping[str, Any]) -> Markup:
                 cy=y(spread["value"]), r=3.2, class_=f"dot {class_}")
             for at, spread in found
         ]  # fmt: skip
+    for layer in layers:
+        if layer["layer"] in leak["leaking"]:
+            body.append(tag("circle", cx=x(layer["layer"]), cy=y(layer["unlearned"]["value"]), r=8, class_="ring"))
     body += _key([(_who(name, who), class_) for who, class_ in told])
     title = f"Leak curve of {name}: probability of the answers to forget after each of {len(layers)} layers."
     return drawing(WIDTH, TOP + HEIGHT + 52, title, body)
 
 
-def exit_scatter(models: Mapping[str, Mapping[str, Any]], layers: int) -> Markup:
-    """Mean depth against forget probability, a mark per model and policy: what saves layers stands left, what knows
-    nothing of the forget set below."""
+def pareto_plot(name: str, cells: Sequence[Mapping[str, Any]], layers: int) -> Markup:
+    """Mean depth against forget probability of one model, a mark for each policy and threshold: what saves layers stands
+    left, what knows nothing of the forget set below. Lines join the thresholds of one policy."""
     x, y = _scales(0, layers, 0.0, 1.0)
     body = _axes(x, y, _ticks(layers), (0, 0.25, 0.5, 0.75, 1), "mean depth in layers per decoded token")
     body.append(text(LEFT - 48, TOP - 24, "forget probability", "small"))
     body += legend(WIDTH - 84 * len(VERDICTS), 12)
+    shown = [(cell, (x(cell["mean_depth"]), y(cell["forget"]))) for cell in cells if cell["mean_depth"] is not None]
+    for policy in dict.fromkeys(cell["policy"] for cell, _ in shown):
+        for start, end in pairwise(sorted(at for cell, at in shown if cell["policy"] == policy)):
+            body.append(line(*start, *end, "spoke"))
     labels = Labels(LEFT + 2, TOP + 2, WIDTH - 2, TOP + HEIGHT - 2)
-    points = []
-    for name, model in models.items():
-        for cell in model["cells"]:
-            if cell["mean_depth"] is None:
-                continue
-            at = x(cell["mean_depth"]), y(cell["forget"])
-            labels.block(*at)
-            points.append((at, name, cell))
-    for at, name, cell in points:
-        verdict = cell["verdict"]
-        body.append(mark(*at, verdict, f"{name}, {cell['label']}: {verdict}, {cell['forget']:.3f}"))
-    for at, name, cell in points:
-        if cell["label"] == "full":
-            body += labels.place(*at, shorten(name, 24), "name", 60)
-        elif cell["verdict"] == "returned":
-            body += labels.place(*at, shorten(f"{name}: {cell['label']}", 30), "code", 60)
-    title = f"Scatter plot: mean depth against forget probability, {len(points)} models under policies."
+    for cell, at in shown:
+        labels.block(*at)
+        body.append(mark(*at, cell["verdict"], f"{cell['label']}: {cell['verdict']}, forget {cell['forget']:.3f}"))
+    for cell, at in shown:
+        body += labels.place(*at, shorten(cell["label"], 24), "small", 120)
+    title = f"{name}: mean depth against forget probability, {len(shown)} policies."
     return drawing(WIDTH, TOP + HEIGHT + 52, title, body)
 
 
