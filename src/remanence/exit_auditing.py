@@ -1,4 +1,4 @@
-"""`remanence exit audit`: models served with exits, each under every policy, and whether what was forgotten comes back."""
+"""`remanence exit audit`: models served with exits, under every policy, and whether what was forgotten comes back."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def leak_plot(name: str, leak: Mapping[str, Any]) -> Markup:
 
 
 def pareto_plot(name: str, cells: Sequence[Mapping[str, Any]], layers: int) -> Markup:
-    """Mean depth against forget probability of one model, a mark for each policy and threshold: what saves layers stands
-    left, what knows nothing of the forget set below. Lines join the thresholds of one policy."""
+    """Mean depth against forget probability of one model, a mark for each policy and threshold: what saves layers
+    stands left, what knows nothing of the forget set below. Lines join the thresholds of one policy."""
     x, y = _scales(0, layers, 0.0, 1.0)
     body = _axes(x, y, _ticks(layers), (0, 0.25, 0.5, 0.75, 1), "mean depth in layers per decoded token")
     body.append(text(LEFT - 48, TOP - 24, "forget probability", "small"))
@@ -73,7 +73,7 @@ def depth_plot(series: Mapping[str, Sequence[tuple[float, float, float, float]]]
     """Quality against mean depth, one line for each policy: (mean depth, agreement with the whole model's tokens, low,
     high), shallow to deep."""
     least = min((low for points in series.values() for _, _, low, _ in points), default=0.0)
-    floor = max(0.0, math.floor(least * 10) / 10)
+    floor = min(0.9, max(0.0, math.floor(least * 10) / 10))
     x, y = _scales(0, layers, floor, 1.0)
     marks = [floor + (1 - floor) * i / 4 for i in range(5)]
     body = _axes(x, y, _ticks(layers), marks, "mean depth in layers per decoded token")

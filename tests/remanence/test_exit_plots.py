@@ -85,10 +85,7 @@ def test_quality_against_depth_has_a_line_for_each_policy():
 
 def test_names_are_escaped():
     evil = "<script>"
-    for picture in (
-        leak_plot(evil, leak()),
-        pareto_plot(evil, [cell(evil, 2, 0.5)], 4),
-        depth_plot({evil: [(1, 1, 1, 1)]}, 4),
-    ):
+    depths = depth_plot({evil: [(1, 1, 1, 1)]}, 4)
+    for picture in (leak_plot(evil, leak()), pareto_plot(evil, [cell(evil, 2, 0.5)], 4), depths):
         assert "<script" not in str(picture)
         parsed(picture)
