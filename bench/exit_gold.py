@@ -34,7 +34,7 @@ class _Drawn(Policy):
 
 def run_gold(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One row for each architecture and way of leaving together; a check for each figure that must hold."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for family in FAMILIES:
         model = _random(family, seed)
         ids, mask = _prompts(seed)

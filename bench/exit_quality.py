@@ -234,7 +234,7 @@ class Judge:
 def _tuning(of: Subject, seed: int) -> Iterator[dict[str, Any]]:
     """A row for the model, for the control and for what was tuned."""
     depths = (*of.states.exits, of.states.layers)
-    pieces = [("", of.encoder.tokenizer.decode(ids)) for ids in of.judge.ids]
+    pieces = [("", str(of.encoder.tokenizer.decode(ids))) for ids in of.judge.ids]
     before = of.judge.nll(of.models["as trained"])
     for name, made in of.models.items():
         losses, _ = exit_losses(made, of.encoder, pieces, depths)

@@ -165,7 +165,7 @@ def wrapped(layers: list[nn.Module], wrap: Callable[[int, Callable[..., Any]], C
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for i, layer in enumerate(layers):
-            layer.forward = wrap(i, layer.forward)  # type: ignore[method-assign]
+            layer.forward = wrap(i, layer.forward)
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):

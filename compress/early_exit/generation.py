@@ -233,13 +233,14 @@ class _Part:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As a cache's; keys and values of the rows that are there -> theirs so far."""
-        whole = []
-        for mine, theirs in zip((keys, values), self._rest, strict=True):
-            both = mine.new_empty(len(self._here) + len(self._left), *mine.shape[1:])
-            both[self._here], both[self._left] = mine, theirs.to(mine.dtype)
-            whole.append(both)
-        keys, values = self._cache.update(*whole, layer_idx, *args, **kwargs)
+        whole = [self._together(mine, theirs) for mine, theirs in zip((keys, values), self._rest, strict=True)]
+        keys, values = self._cache.update(whole[0], whole[1], layer_idx, *args, **kwargs)
         return keys[self._here], values[self._here]
+
+    def _together(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        both = mine.new_empty(len(self._here) + len(self._left), *mine.shape[1:])
+        both[self._here], both[self._left] = mine, theirs.to(mine.dtype)
+        return both
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
