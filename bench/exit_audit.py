@@ -14,7 +14,7 @@ models        by name: control ("baseline", "negative", "positive", null: audite
   cells[]     label, policy, threshold (null: it has none), settings
               verdict, reason, unforgotten, recovered_share, known_share, kept_share, p_returned, p_held, as an audit's
               forget, retain            mean probability of the true answers; forget_interval: {value, low, high}
-              forget_rouge, retain_rouge, forget_verbatim, model_utility
+              forget_rouge, retain_rouge, forget_verbatim, model_utility   null where no answers were written
               rest        the same without each answer's first token, which comes from the prompt, at full depth:
                           {value, low, high}; rest_share: between unlearned and baseline, or null
               mean_depth, retain_depth, histogram   layers per decoded token, of given answers; tokens at each depth
@@ -131,6 +131,7 @@ def _served(
         "policy": policy.name,
         "threshold": policy.threshold if policy.graded else None,
         "settings": policy.settings(),
+        "written": generate,
         "sets": {name: found.as_json() for name, found in scores.items()},
         "rest": [_rest(answer) for answer in read["forget"]],
         "mean_depth": exits["forget"].mean_depth(),
@@ -264,14 +265,18 @@ def _figures(corpus: Corpus, cell: Mapping[str, Any], seed: int) -> dict[str, An
     sets = {name: Scores.from_json(value) for name, value in cell["sets"].items()}
     forget, retain = sets["forget"], sets["retain"]
     utility = {name: sets[name].items for name in corpus.utility}
+    wrote = {
+        "forget_rouge": mean(forget.items.rouge),
+        "forget_verbatim": verbatim(forget.answers, [row.answer for row in corpus.forget]),
+        "retain_rouge": mean(retain.items.rouge),
+        "model_utility": {variant: model_utility(utility, variant) for variant in VARIANTS},
+    }
     return {
         "forget": mean(forget.items.probability),
         "forget_interval": asdict(bootstrap_mean(forget.items.probability, seed)),
-        "forget_rouge": mean(forget.items.rouge),
-        "forget_verbatim": verbatim(forget.answers, [row.answer for row in corpus.forget]),
         "retain": mean(retain.items.probability),
-        "retain_rouge": mean(retain.items.rouge),
-        "model_utility": {variant: model_utility(utility, variant) for variant in VARIANTS},
+        # Of answers that were not written nothing is known.
+        **(wrote if cell["written"] else dict.fromkeys(wrote)),
     }
 
 

@@ -144,7 +144,7 @@ def measured(forget, retain=0.9, labels=("full", "fixed 2"), before=None, items=
             "label": name,
             "policy": name.split()[0],
             "threshold": None,
-            "settings": {},
+            "settings": {}, "written": True,
             "sets": {"forget": scores(mean), "retain": scores(retain)},
             "rest": values(mean),
             "mean_depth": 3.0,
