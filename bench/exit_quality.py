@@ -59,7 +59,8 @@ AGENTS = {
     "agent, penalties scaled": AgentTraining(
         reward=Reward(scaling="negative"), steps=STEPS, learning_rate=1e-3, standardised=True
     ),
-    "agent, the paper's rate and raw states": AgentTraining(steps=STEPS),
+    "agent, raw states, the paper's rate": AgentTraining(steps=STEPS),
+    "agent, five times the decisions": AgentTraining(steps=5 * STEPS, learning_rate=1e-3, standardised=True),
 }
 SEEDS = {"agent": (420, 421, 422)}  # the others: their own
 

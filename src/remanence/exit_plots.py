@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -15,7 +17,7 @@ from .svg import Labels, drawing, legend, line, mark, shorten, tag, text
 WIDTH = 780.0
 LEFT, TOP, HEIGHT = 64.0, 40.0, 300.0
 # Classes of lines, in the order in which series are drawn.
-SERIES = ("a", "b", "c", "d", "e", "f", "g", "h")
+SERIES = ("a", "b", "c", "d", "e", "f", "g", "h", "i", "j")
 
 Scale = Callable[[float], float]
 
@@ -90,6 +92,18 @@ def depth_plot(series: Mapping[str, Sequence[tuple[float, float, float, float]]]
     body += _key(names, TOP + HEIGHT + 62)
     title = f"Line plot: quality against mean depth for {len(series)} policies."
     return drawing(WIDTH, TOP + HEIGHT + 60 + 18 * rows, title, body)
+
+
+def standalone(picture: Markup) -> str:
+    """The picture as a file of its own, with the colours that the page gives it (light ones)."""
+    templates = Path(__file__).parent / "templates"
+    styles = "".join((templates / name).read_text(encoding="utf-8") for name in ("page.css", "exits.css"))
+    # Of the page's styles only those of drawings, and the names of colours.
+    kept = re.findall(r"(?:^:root|^svg)[^{]*\{[^}]*\}", styles, re.MULTILINE)
+    kept += re.findall(r"(?<=\} )svg [^{]*\{[^}]*\}", styles)
+    style = tag("style", Markup("\n".join(kept)))
+    head, _, rest = str(picture).partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'
 
 
 def _who(name: str, who: str) -> str:

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from remanence.exit_plots import depth_plot, leak_plot, pareto_plot
+from remanence.exit_plots import depth_plot, leak_plot, pareto_plot, standalone
 
 SVG = {"height", "width", "viewBox"}
 CLASSES = {"target": "a", "unlearned": "b", "oracle": "c"}
@@ -89,3 +89,14 @@ def test_names_are_escaped():
     for picture in (leak_plot(evil, leak()), pareto_plot(evil, [cell(evil, 2, 0.5)], 4), depths):
         assert "<script" not in str(picture)
         parsed(picture)
+
+
+def test_a_picture_of_its_own_brings_its_colours():
+    picture = standalone(depth_plot({"probe": [(4, 0.8, 0.75, 0.85), (12, 1, 1, 1)]}, 12))
+    root = ET.fromstring(picture)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    style = next(part.text for part in root.iter() if part.tag.endswith("style"))
+    assert {"--s-a:", "--ink:", "svg .series.a", "svg .series.b"} <= {
+        name for name in ("--s-a:", "--ink:", "svg .series.a", "svg .series.b") if name in style
+    }
+    assert "body" not in style

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import ERROR, UsageError
-from .shared import Json, Seed, names, quiet, say, usage
+from .shared import Json, Seed, names, quiet, say, usage, writable
 
 
 def bench(
@@ -41,6 +42,9 @@ def bench(
     ] = None,
     problems: Annotated[
         str | None, typer.Option(help="ascend-ptq: with --model, JSON lines of question and answer.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="early-exit: draw quality against depth into this file, .svg.")
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     seed: Seed = 0,
@@ -75,12 +79,18 @@ def bench(
     }
     if not peers:
         asked["peers"] = False
+    if plot is not None and name != "early-exit":
+        raise UsageError(f"plot: the benchmark {name} has none")
+    if plot is not None:
+        writable("plot", plot.parent)
     options = {key: value for key, value in asked.items() if value is not None}
     from ..machine import device_for_run, environment
 
     quiet()
     usage(device_for_run, device or "cpu", say)
     result = {"name": name, "environment": environment(), **usage(run, name, seed, **options)}
+    if plot is not None:
+        _draw(plot, result["rows"])
     if as_json:
         print(json.dumps(result, indent=1))
     elif as_markdown:
@@ -89,6 +99,20 @@ def bench(
         show(result)
     if not all(check["ok"] for check in result["checks"]):
         raise typer.Exit(ERROR)
+
+
+def _draw(place: Path, rows: list[dict[str, Any]]) -> None:
+    from ..bench.exit_quality import series
+    from ..compress.files import write_text
+    from ..exit_plots import depth_plot, standalone
+
+    found = series(rows)
+    if not found:
+        say("plot: nothing to draw; it is about --parts quality")
+        return
+    layers = round(max(depth for points in found.values() for depth, *_ in points))
+    write_text(place, standalone(depth_plot(found, layers)))
+    say(f"plot: {place}")
 
 
 def doctor(as_json: Json = False) -> None:
