@@ -105,6 +105,7 @@ def test_walk_goes_over_exits_tokens_and_episodes():
     assert walk.step(1)[2]
 
 
+@pytest.mark.usefixtures("ppo")
 def test_environment_keeps_gymnasiums_rules():
     from gymnasium.utils.env_checker import check_env
 
@@ -119,6 +120,11 @@ def test_environment_keeps_gymnasiums_rules():
 
 
 @pytest.fixture(scope="module")
+def ppo():
+    pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not installed (remanence[rl])")
+
+
+@pytest.fixture(scope="module")
 def toy():
     """Whether an exit agrees is the sign of a feature; four exits, ten tokens an episode."""
     g = torch.Generator().manual_seed(0)
@@ -130,7 +136,7 @@ QUICK = {"steps": 8192, "rollout": 512, "batch_size": 128, "learning_rate": 5e-3
 
 
 @pytest.fixture(scope="module")
-def learned(toy):
+def learned(toy, ppo):  # noqa: ARG001
     return train_agent(toy, AgentTraining(**QUICK))
 
 
@@ -146,6 +152,7 @@ def test_ppo_beats_chance_and_nears_the_best(toy, learned):
     assert found > best - 0.15 * (best - chance)
 
 
+@pytest.mark.usefixtures("ppo")
 def test_exported_actor_has_the_same_probabilities(toy):
     from stable_baselines3 import PPO
 
@@ -166,6 +173,7 @@ def test_exported_actor_has_the_same_probabilities(toy):
     assert torch.allclose(raw, ours, atol=1e-5)
 
 
+@pytest.mark.usefixtures("ppo")
 def test_standardised_states_are_learned_and_exported_raw(toy):
     """Features far off and of unlike scales, where tanh on raw states sees nothing."""
     from dataclasses import replace
@@ -178,6 +186,7 @@ def test_standardised_states_are_learned_and_exported_raw(toy):
     assert float(returns(far, far.leaving(agent, lambda state: state), reward).mean()) > 0.7 * best
 
 
+@pytest.mark.usefixtures("ppo")
 def test_same_seed_same_agent_and_nobodys_randomness_moves(toy):
     quick = AgentTraining(steps=512, rollout=256, batch_size=64, environments=2)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
