@@ -27,6 +27,8 @@ _PROBE = 4
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Kwargs = Mapping[str, Any]
+# On a layer's forward that is not its own.
+_MARK = "early_exit"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     Raises ValueError for another architecture, a model in training mode, or one that does something else than its
     family's code.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: {type(model).__name__} is around a model; merge it, or give the model inside")
     kind = getattr(model.config, "model_type", None)
     if kind not in FAMILIES:
         raise ValueError(
@@ -162,10 +166,14 @@ def _same(model: PreTrainedModel, what: str, ours: Tensor, theirs: Tensor) -> No
 @contextmanager
 def wrapped(layers: list[nn.Module], wrap: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Inside the block layer i is called as wrap(i, its forward); afterwards, also after an error, as before."""
+    if any(hasattr(layer.forward, _MARK) for layer in layers):
+        raise ValueError("model: leaves early already; one way at a time")
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for i, layer in enumerate(layers):
-            layer.forward = wrap(i, layer.forward)
+            instead = wrap(i, layer.forward)
+            setattr(instead, _MARK, True)
+            layer.forward = instead
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):

@@ -79,7 +79,7 @@ def calibrated(
 ) -> tuple[Policy, Calibration]:
     """The policy at the smallest safe threshold; it never leaves where none is.
 
-    losses       of a policy, the loss in [0, 1] of every calibration text: `textual_loss` or `risk_loss`. It is asked
+    losses       of a policy, the loss in [0, 1] of every calibration text: e.g. `textual_losses`. It is asked
                  for the thresholds that are tested alone, the last of which is the first that is not safe
     thresholds   in any order
     Raises ValueError for a delta or epsilon that is not between 0 and 1, no threshold, or a loss that is not in [0, 1].
@@ -117,11 +117,6 @@ def textual_loss(early: Sequence[int], full: Sequence[int]) -> float:
     if not early and not full:
         return 0.0
     return 1 - 2 * _common(early, full) / (len(early) + len(full))
-
-
-def risk_loss(early: float, full: float) -> float:
-    """How much worse a text is than the whole model's, by a quality within 0 and 1; better is not rewarded."""
-    return min(1.0, max(0.0, full - early))
 
 
 def textual_losses(

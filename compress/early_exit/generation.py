@@ -9,7 +9,7 @@ left, what is left of the step are these projections.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -38,8 +38,11 @@ class Run:
     anatomy: Anatomy
     policy: Policy
     sync: Sync
-    ends: tuple[int, ...] = ()
     calls: list[list[Tensor]] = field(default_factory=list)
+    # Of the call of `generate` under way: tokens of its prompt (None: no call is), and those behind which a row has
+    # ended.
+    _prompt: int | None = None
+    _ends: tuple[int, ...] = ()
     # Of the step under way; None: at full depth.
     _gone: Tensor | None = None
     _left: int = 0  # how many have gone: asked at every layer, which would wait for a GPU
@@ -74,17 +77,30 @@ class Run:
 
     def watch(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         """Before the model runs: which rows end with the token that they are given now."""
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: rows that have left attend to nothing; there is no whole to show")
         ids = args[0] if args else kwargs.get("input_ids")
-        self._fresh = None if ids is None else torch.isin(ids[:, -1], torch.tensor(self.ends, device=ids.device))
+        self._fresh = None if ids is None else torch.isin(ids[:, -1], torch.tensor(self._ends, device=ids.device))
+
+    def generating(self, prompt: int | None) -> None:
+        """A call of `generate` begins with a prompt of so many tokens, or ends (None)."""
+        self._prompt, self._ends, self._ended = prompt, (), None
+        if prompt is not None:
+            self.calls.append([])
+
+    def ending_with(self, tokens: int | Sequence[int] | Tensor | None) -> None:
+        """As `generate` has it: a row has ended behind one of these."""
+        self._ends = () if tokens is None else tuple(torch.as_tensor(tokens).flatten().tolist())
 
     def begin(self, h: Tensor, kwargs: Mapping[str, Any]) -> None:
-        """At the first layer, h [B, Q, d]: one token more for a cache that has some is a step of decoding."""
+        """At the first layer, h [B, Q, d]: one token more, for a cache that has the prompt, is a step of decoding."""
         cache = kwargs.get("past_key_values")
-        decoding = h.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0
         self._gone, self._left = None, 0
-        if not decoding:
-            self._ended = None
-            if cache is not None:
+        if cache is None and self._prompt is not None:
+            raise ValueError("use_cache: False; leaving early works with a KV cache alone")
+        if cache is None or h.shape[1] != 1 or cache.get_seq_length() < (self._prompt or 1):
+            if cache is not None and self._prompt is None:  # called by itself, without `generate`
+                self._ended = None
                 self.calls.append([])
             return
         _check_cache(cache)
@@ -93,7 +109,8 @@ class Run:
             self.calls.append([])
         ended = none if self._ended is None or len(self._ended) != len(h) else self._ended
         self._ended = ended if self._fresh is None else ended | self._fresh
-        self._gone, self._agreed = none, self._ended.clone()
+        # Where nobody may leave, those that have ended do not either.
+        self._gone, self._agreed = none, none if self.policy.threshold > 1 else self._ended
         self._depth = torch.where(self._ended, 0, self.anatomy.depth)
 
     def end(self) -> None:
@@ -156,7 +173,7 @@ class Run:
             position = torch.full((len(asked),), len(self.calls[-1]) + 1, device=after.device)
             step = Step(depth, after[asked, -1], before[asked, -1], position, self.anatomy.logits)
             leaving = asked[self.policy.leaves(step)]
-            self._agreed[leaving] = True
+            self._agreed = self._agreed.index_fill(0, leaving, True)
         if self.sync == "batch" and not bool(self._agreed.all()):
             return
         now = self._agreed & ~self._gone
@@ -172,7 +189,8 @@ def early_exit(model: PreTrainedModel, policy: Policy, sync: Sync = "row") -> It
     sync   "row": every row leaves by itself; "batch": all at once, when the last of them wants to (a row that wanted to
            at an earlier exit still does), which copies no keys
     Works with greedy search, sampling and beams, with a DynamicCache (generate's default). Rows that have ended no
-    longer count, and leave at the first exit. Raises ValueError for a model, cache or policy that does not fit.
+    longer count, and leave at the first exit. Raises ValueError for a model, cache or policy that does not
+    fit, and for a model that leaves early already.
     """
     if sync not in get_args(Sync):
         raise ValueError(f"exit-sync: {sync!r} is not one of {', '.join(get_args(Sync))}")
@@ -181,30 +199,42 @@ def early_exit(model: PreTrainedModel, policy: Policy, sync: Sync = "row") -> It
     run = Run(body, policy, sync)
     handle = model.register_forward_pre_hook(run.watch, with_kwargs=True)
     try:
-        with _noting_ends(model, run), wrapped(body.layers, run.layer), torch.no_grad():
+        with wrapped(body.layers, run.layer), _noting(model, run), torch.no_grad():
             yield run
     finally:
         handle.remove()
 
 
 @contextmanager
-def _noting_ends(model: Any, run: Run) -> Iterator[None]:
-    """Inside the block each call of `model.generate` tells `run` after which tokens it takes a row to have ended."""
-    generate = model.generate
+def _noting(model: Any, run: Run) -> Iterator[None]:
+    """Inside the block each call of `model.generate` tells `run` how long its prompt is, and what it takes for an end,
+    once it has put its settings together."""
+    generate, prepare = model.generate, model._prepare_generation_config
+    before = {name: model.__dict__.get(name) for name in ("generate", "_prepare_generation_config")}
 
     @functools.wraps(generate)
     def noting(*args: Any, **kwargs: Any) -> Any:
-        settings = [kwargs.get("generation_config"), model.generation_config]
-        asked = [kwargs.get("eos_token_id"), *(of.eos_token_id for of in settings if of is not None)]
-        end = next((end for end in asked if end is not None), ())
-        run.ends = (end,) if isinstance(end, int) else tuple(torch.as_tensor(end).flatten().tolist())
-        return generate(*args, **kwargs)
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        run.generating(max((part.shape[1] for part in given if isinstance(part, Tensor)), default=1))
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            run.generating(None)
 
-    model.generate = noting
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        found = prepare(*args, **kwargs)
+        run.ending_with(found[0].eos_token_id)
+        return found
+
+    model.generate, model._prepare_generation_config = noting, prepared
     try:
         yield
     finally:
-        del model.generate
+        for name, own in before.items():
+            del model.__dict__[name]
+            if own is not None:
+                model.__dict__[name] = own
 
 
 def _check_cache(cache: object) -> None:

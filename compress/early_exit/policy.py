@@ -25,6 +25,8 @@ from torch.nn.functional import cosine_similarity
 
 # More than any score: who asks for this never leaves.
 NEVER = 1.01
+# The default, which policies without a threshold keep (or are put out of use by one above 1).
+_UNUSED = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Policy:
     weights: ClassVar[tuple[str, ...]] = ()
 
     exits: tuple[int, ...]
-    threshold: float = 0.5
+    threshold: float = _UNUSED
     decay: float | None = None
     horizon: int = 128
 
@@ -77,6 +79,10 @@ class Policy:
             raise ValueError(f"decay: {self.decay}: expected a number above 0")
         if self.horizon < 1:
             raise ValueError(f"horizon: {self.horizon}: expected at least 1 token")
+        if not self.graded and self.threshold <= 1 and self.threshold != _UNUSED:
+            raise ValueError(f"threshold: {self.threshold}: the policy {self.name} has none")
+        if self.name == "fixed" and len(exits) != 1:
+            raise ValueError(f"exits: {list(exits)}: the policy fixed leaves at one depth")
         object.__setattr__(self, "exits", exits)
 
     def score(self, step: Step) -> Tensor:
@@ -137,8 +143,6 @@ class Full(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Policy):
-    """The one depth is the first of `exits`."""
-
     name: ClassVar[str] = "fixed"
     graded: ClassVar[bool] = False
 

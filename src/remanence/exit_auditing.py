@@ -94,18 +94,20 @@ def audit_exits(order: Order, say: Callable[[str], None]) -> dict[str, Any]:
     corpus = load_corpus(order.config)
     if order.config.model == "demo":
         encoder, models = made(order.config.seed, corpus, SHAPE, METHODS)
-        if not order.control:
-            del models[POSITIVE]
     else:
         encoder, models = _given(order)
     layers = len(decoder_layers(models["target"]))
     exits = order.exits or evenly(layers, min(3, layers - 1))
     below = max((depth for depth in exits if depth <= layers - LAST), default=None)
-    if order.control and order.config.model != "demo" and below is not None:
+    if below is None and order.control:
+        say(f"no positive control: no exit lies below the last {LAST} layers, which it is unlearned in")
+    if below is None or not order.control:
+        models.pop(POSITIVE, None)
+    elif POSITIVE not in models:
         say("positive control: the target, unlearned in its last layers")
         models[POSITIVE] = last_layers(models["target"], encoder, corpus, layers - LAST, order.config.seed)
-    positive = {POSITIVE: f"fixed {below}"} if POSITIVE in models and "fixed" in order.policies and below else {}
-    run = _Run(order, encoder, corpus, exits, say)
+    positive = {POSITIVE: f"fixed {below}"} if POSITIVE in models else {}
+    run = _Run(order, encoder, corpus, exits, below if positive else None, say)
     measured, tuned = {}, {}
     for name, model in models.items():
         measured[name] = run.measure(name, model)
@@ -147,9 +149,16 @@ class _Run:
     """What the models of one audit share."""
 
     def __init__(
-        self, order: Order, encoder: Encoder, corpus: Corpus, exits: tuple[int, ...], say: Callable[[str], None]
+        self,
+        order: Order,
+        encoder: Encoder,
+        corpus: Corpus,
+        exits: tuple[int, ...],
+        control: int | None,
+        say: Callable[[str], None],
     ) -> None:
         self.order, self.encoder, self.corpus, self.exits, self.say = order, encoder, corpus, exits, say
+        self.control = control  # the depth that the positive control is served at
         self.notes: list[str] = []
 
     def measure(self, name: str, model: PreTrainedModel, before: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -186,6 +195,8 @@ class _Run:
 
         thresholds = dict.fromkeys(THRESHOLDS, self.order.thresholds) if self.order.thresholds else THRESHOLDS
         found: list[Policy] = []
+        if self.control is not None and "fixed" not in self.order.policies:
+            found.append(Fixed(exits=(self.control,)))
         for name in self.order.policies:
             if name == "fixed":
                 found += [Fixed(exits=(depth,)) for depth in self.exits]
@@ -210,9 +221,9 @@ class _Run:
             from .compress.early_exit.probe import fit_probe
 
             return fit_probe(states, self.order.config.seed)[0]
-        from .compress.early_exit.agent import train_agent
+        from .compress.early_exit.agent import AgentTraining, train_agent
 
-        return train_agent(states).agent
+        return train_agent(states, AgentTraining(seed=self.order.config.seed)).agent
 
     def meter(self) -> Meter | None:
         """Joules per generated token, of questions to forget; None where nothing measures them."""

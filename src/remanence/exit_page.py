@@ -51,16 +51,15 @@ def headline(document: dict[str, Any]) -> str:
     broken = [f"{name} ({state})" for state, a in document["audits"].items() for name in failed(state, a)]
     if broken:
         return f"The audit is broken: {', '.join(broken)} did not come out as it must"
-    returned = {
-        name: sorted({cell["label"] for cell in model["cells"] if cell["verdict"] == "returned"})
-        for audit in document["audits"].values()
-        for name, model in audit["models"].items()
-        if model["control"] is None and any(cell["verdict"] == "returned" for cell in model["cells"])
-    }
+    returned = []
+    for state, audit in document["audits"].items():
+        for name, model in audit["models"].items():
+            labels = [cell["label"] for cell in model["cells"] if cell["verdict"] == "returned"]
+            if labels and model["control"] is None:
+                returned.append(f"{name} ({state}) under {', '.join(labels)}")
     if not returned:
         return "Leaving early brought nothing back that was shown"
-    told = "; ".join(f"{name} under {', '.join(labels)}" for name, labels in returned.items())
-    return f"Leaving early gives back what was forgotten: {told}"
+    return f"Leaving early gives back what was forgotten: {'; '.join(returned)}"
 
 
 def failed(state: str, audit: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ Progress = Callable[[int, int, str], None]
 
 # Exits where none are named, evenly spaced; of every text that a policy learns from, tokens at most.
 EXITS, TEXT_TOKENS = 4, 128
+# Tokens drafted at a time.
+DRAFTS = 4
 # Policies that learn something from data; the others have their settings alone.
 LEARNED = ("probe", "agent")
 TUNING = "early_exit_tuning.json"
@@ -99,11 +101,12 @@ def tune(
     from .compress.early_exit.policy import evenly
     from .compress.files import atomic_dir, write_json
     from .unlearn.encode import Encoder
-    from .unlearn.exit_tuning import ExitTuning, tune_
+    from .unlearn.exit_tuning import ExitTuning, exit_weights, tune_
 
     network, tokenizer = load_model(model), load_tokenizer(model)
     layers = network.config.get_text_config().num_hidden_layers
     tuning = _usage(ExitTuning, exits or evenly(layers, min(EXITS, layers - 1)), **settings)
+    _usage(exit_weights, tuning.weights, tuning.exits, layers)
     network.float()
     report = tune_(network, Encoder(tokenizer, max_length(network)), source.pairs(), tuning, source.seed, progress)
     table = [
@@ -163,24 +166,26 @@ def make_policy(
     if source is None and (wanted.policy in LEARNED or wanted.calibrate):
         why = "learns" if wanted.policy in LEARNED else "is calibrated"
         raise UsageError(f"policy: {wanted.policy} {why} from data; give --text FILE, --retain FILE or --data")
-    if wanted.calibrate and not kind.graded:
-        raise UsageError(f"calibrate: {wanted.policy} has no threshold to choose")
+    _check_settings(kind, wanted)
+    if source is not None and wanted.policy not in LEARNED and not wanted.calibrate:
+        raise UsageError(f"policy: {wanted.policy} learns nothing; leave out the data, or give --calibrate")
     directory = local_directory(model)
     network, tokenizer = load_model(directory), load_tokenizer(directory)
     network.eval()
     layers = network.config.get_text_config().num_hidden_layers
     exits = wanted.exits or (() if wanted.policy == "full" else evenly(layers, min(EXITS, layers - 1)))
+    seed = 0 if source is None else source.seed
     encoder = Encoder(tokenizer, max_length(network))
     prompts = [] if source is None else source.prompts(encoder, wanted.prompts)
     learned, judged = (prompts[::2], prompts[1::2]) if wanted.calibrate else (prompts, [])
     trained: dict[str, Any] = {} if source is None else {"data": source.told(), "prompts": len(learned)}
     if wanted.policy in LEARNED:
-        policy, found = _learned(network, encoder, learned, exits, wanted, progress)
+        policy, found = _learned(network, encoder, learned, exits, wanted, seed, progress)
         trained |= found
     else:
         policy = _usage(kind, exits=exits, **wanted.settings)
     if wanted.calibrate:
-        policy, calibration = _calibrated(network, encoder, policy, judged, wanted)
+        policy, calibration = _calibrated(network, encoder, policy, judged, wanted, sync)
         trained["calibration"] = {**asdict(calibration), "loss": "1 - ROUGE-L against the whole model's text"}
     with atomic_dir(out) as work:
         for file in sorted(directory.iterdir()):
@@ -188,6 +193,21 @@ def make_policy(
                 shutil.copy(file, work / file.name)
         _usage(save_policy, policy, network, work, sync, trained)
     return {"out": str(out), "policy": policy.name, **policy.settings(), "exit_sync": sync, "file": SETTINGS, **trained}
+
+
+def _check_settings(kind: type[Policy], wanted: Wanted) -> None:
+    """UsageError for what does not apply to this policy."""
+    known = {f.name for f in fields(kind)} - {"exits", *kind.weights}
+    for name in wanted.settings.keys() - known:
+        raise UsageError(f"{name}: the policy {kind.name} has none; it has {', '.join(sorted(known))}")
+    if kind.name == "full" and wanted.exits:
+        raise UsageError(f"exits: {list(wanted.exits)}; the policy full has none")
+    if kind.name == "fixed" and (wanted.exits is None or len(wanted.exits) != 1):
+        raise UsageError("exits: the policy fixed leaves at one depth; give it, e.g. --exits 8")
+    if wanted.calibrate and not kind.graded:
+        raise UsageError(f"calibrate: {kind.name} has no threshold to choose")
+    if wanted.calibrate and "threshold" in wanted.settings:
+        raise UsageError("threshold: is what the calibration chooses; leave it out")
 
 
 def _usage(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +224,7 @@ def _learned(
     prompts: Sequence[list[int]],
     exits: tuple[int, ...],
     wanted: Wanted,
+    seed: int,
     progress: Progress,
 ) -> tuple[Policy, dict[str, Any]]:
     from .compress.early_exit.states import collect
@@ -216,32 +237,27 @@ def _learned(
     if wanted.policy == "probe":
         from .compress.early_exit.probe import fit_probe
 
-        probe, fits = fit_probe(states)
-        return replace(probe, **wanted.settings), found | {"exits_fitted": [asdict(fit) for fit in fits]}
+        probe, fits = _usage(fit_probe, states, seed)
+        return _usage(replace, probe, **wanted.settings), found | {"exits_fitted": [asdict(fit) for fit in fits]}
     from .compress.early_exit.agent import AgentTraining, train_agent
 
     settings = dict(wanted.settings)
-    training = _usage(AgentTraining, **(wanted.training or {}))
+    training = _usage(AgentTraining, **({"seed": seed} | (wanted.training or {})))
     threshold, temperature = settings.pop("threshold", 0.5), settings.pop("temperature", 1.0)
     made = train_agent(states, training, threshold, temperature, progress)
-    return replace(made.agent, **settings), found | {"ppo": asdict(training), "seconds": made.seconds}
+    return _usage(replace, made.agent, **settings), found | {"ppo": asdict(training), "seconds": made.seconds}
 
 
 def _calibrated(
-    model: PreTrainedModel, encoder: Encoder, policy: Policy, prompts: Sequence[list[int]], wanted: Wanted
+    model: PreTrainedModel, encoder: Encoder, policy: Policy, prompts: Sequence[list[int]], wanted: Wanted, sync: Any
 ) -> tuple[Policy, Calibration]:
-    from .bench.generation import greedy
-    from .compress.early_exit.calibrate import calibrated, textual_loss
-    from .compress.early_exit.generation import early_exit
+    """On texts of its own, served as the policy will be."""
+    from .compress.early_exit.calibrate import calibrated, textual_losses
+    from .unlearn.encode import pad_id
 
     assert wanted.calibrate is not None
-    whole = greedy(model, encoder.tokenizer, prompts, wanted.new_tokens)
-
-    def losses(candidate: Policy) -> list[float]:
-        with early_exit(model, candidate):
-            early = greedy(model, encoder.tokenizer, prompts, wanted.new_tokens)
-        return [textual_loss(*pair) for pair in zip(early, whole, strict=True)]
-
+    pad, end = pad_id(encoder.tokenizer), encoder.tokenizer.eos_token_id
+    losses = textual_losses(model, prompts, pad, end, wanted.new_tokens, sync=sync)
     return _usage(calibrated, policy, losses, *wanted.calibrate)
 
 
@@ -272,7 +288,7 @@ class Asked:
     threshold: float | None = None
     sync: Any = None
     draft: int | None = None
-    drafts: int = 4
+    drafts: int | None = None
     repeats: int = 3
 
 
@@ -298,6 +314,10 @@ def generate(model: str, asked: Asked, energy: Energy | None = None) -> dict[str
 
     if not is_stored(model) and asked.draft is None:
         raise UsageError(f"model: {model} has no {SETTINGS}; make one with remanence exit policy, or give --draft N")
+    if not is_stored(model) and (asked.threshold is not None or asked.sync is not None):
+        raise UsageError(f"threshold, exit-sync: {model} has no policy that they could be of")
+    if asked.draft is None and asked.drafts is not None:
+        raise UsageError("drafts: goes with --draft")
     network, tokenizer = load_model(model), load_tokenizer(model)
     network.eval()
     ways = [Served(Full())]
@@ -307,7 +327,7 @@ def generate(model: str, asked: Asked, energy: Energy | None = None) -> dict[str
             policy = _usage(policy.at, asked.threshold)
         ways.append(Served(policy, asked.sync or sync))
     if asked.draft is not None:
-        ways.append(Served(Full(), drafting=asked.draft, drafts=asked.drafts))
+        ways.append(Served(Full(), drafting=asked.draft, drafts=asked.drafts or DRAFTS))
     encoder = Encoder(tokenizer, max_length(network))
     ids, mask = _padded(encoder, asked)
     rows = _usage(speed_rows, network, ids, mask, ways, asked.new_tokens, asked.repeats)
@@ -336,26 +356,34 @@ def _padded(encoder: Encoder, asked: Asked) -> tuple[Tensor, Tensor]:
 
 def _texts(model: PreTrainedModel, encoder: Encoder, way: Any, ids: Tensor, mask: Tensor, new: int) -> list[str]:
     """What follows each prompt, up to the end of sequence."""
+    from transformers import GenerationConfig
+
     from .compress.early_exit.draft import draft_and_verify
     from .compress.early_exit.generation import early_exit
     from .unlearn.encode import pad_id
 
-    pad, end = pad_id(encoder.tokenizer), encoder.tokenizer.eos_token_id
-    if way.drafting is not None:
-        options = {"max_new_tokens": new, "drafts": way.drafts, "eos_token_id": end, "pad_token_id": pad}
-        sequences = draft_and_verify(model, ids, mask, way.drafting, **options).sequences
-    else:
-        network: Any = model
-        with early_exit(model, way.policy, way.sync):
-            sequences = network.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=new,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=pad,
-            )
+    own = model.generation_config
+    ends = _ends(own.eos_token_id, encoder.tokenizer.eos_token_id)
+    pad = pad_id(encoder.tokenizer)
+    # Greedy for all, whatever penalties and samples the model's own settings ask for.
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    try:
+        if way.drafting is not None:
+            options = {"max_new_tokens": new, "drafts": way.drafts, "eos_token_id": ends, "pad_token_id": pad}
+            sequences = draft_and_verify(model, ids, mask, way.drafting, **options).sequences
+        else:
+            network: Any = model
+            with early_exit(model, way.policy, way.sync):
+                sequences = network.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    finally:
+        model.generation_config = own
     return [text.strip() for text in encoder.tokenizer.batch_decode(sequences[:, ids.shape[1] :], True)]
+
+
+def _ends(*ends: int | list[int] | None) -> list[int]:
+    """All tokens at which a text may end."""
+    found = [end if isinstance(end, list) else [end] for end in ends if end is not None]
+    return sorted({token for part in found for token in part})
 
 
 def check_model(model: str) -> None:

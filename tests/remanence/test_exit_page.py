@@ -120,7 +120,7 @@ def test_a_hostile_name_is_inert() -> None:
 def test_the_headline_says_what_came_back() -> None:
     document = _document()
     assert headline(document) == (
-        "Leaving early gives back what was forgotten: <script>alert(1)</script> under fixed 1"
+        "Leaving early gives back what was forgotten: <script>alert(1)</script> (as given) under fixed 1"
     )
     audit = document["audits"]["as given"]
     for cell in audit["models"]["<script>alert(1)</script>"]["cells"]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from remanence.compress.checkpoint import load_model, save_model
+from remanence.compress.checkpoint import load_model, load_tokenizer, save_model
 from remanence.compress.early_exit.generation import early_exit
 from remanence.compress.early_exit.stored import SETTINGS, WEIGHTS, load_policy
 from remanence.compress.recipe import parse_recipe
@@ -181,7 +181,27 @@ def test_joules_are_told_by_counters_alone(dense, command, monkeypatch) -> None:
         (("policy", "DENSE", "--out", "OUT"), "policy: probe learns from data"),
         (("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--exits", "6"), "exits: 6 is not below 6"),
         (("policy", "DENSE", "--out", "OUT", "--policy", "saturation", "--threshold", "-1"), "threshold: -1.0"),
-        (("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--temperature", "2"), "temperature"),
+        (
+            ("policy", "DENSE", "--out", "OUT", "--policy", "probe", "--retain", "ROWS", "--temperature", "2"),
+            "has none",
+        ),
+        (("policy", "DENSE", "--out", "OUT", "--policy", "fixed"), "exits: the policy fixed leaves at one depth"),
+        (("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--exits", "2,4"), "leaves at one depth"),
+        (("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--exits", "2", "--threshold", ".3"), "has none"),
+        (("policy", "DENSE", "--out", "OUT", "--policy", "full", "--exits", "2"), "the policy full has none"),
+        (
+            ("policy", "DENSE", "--out", "OUT", "--policy", "saturation", "--retain", "ROWS"),
+            "saturation learns nothing",
+        ),
+        (
+            ("policy", "DENSE", "--out", "OUT", "--calibrate", ".1,.1", "--threshold", ".3", "--retain", "ROWS"),
+            "threshold: is what the calibration chooses",
+        ),
+        (("policy", "DENSE", "--out", "OUT", "--retain", "ROWS", "--prompts", "2"), "2 episodes"),
+        (("tune", "DENSE", "--out", "OUT", "--retain", "ROWS", "--exits", "6"), "exits: 6 is not below 6"),
+        (("generate", "DENSE", "--prompt", "a", "--drafts", "2"), "make one with remanence exit policy"),
+        (("generate", "DENSE", "--prompt", "a", "--draft", "2", "--threshold", "1"), "has no policy"),
+        (("generate", "DENSE", "--prompt", "a", "--draft", "2", "--window", "1"), "go with --energy"),
         (("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--calibrate", "1"), "'1' is not DELTA,EPSILON"),
         (
             ("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--ppo-steps", "9"),
@@ -189,7 +209,20 @@ def test_joules_are_told_by_counters_alone(dense, command, monkeypatch) -> None:
         ),
         (("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--exit-sync", "all"), "exit-sync: 'all' is not one"),
         (
-            ("policy", "DENSE", "--out", "OUT", "--policy", "fixed", "--calibrate", ".1,.1", "--retain", "ROWS"),
+            (
+                "policy",
+                "DENSE",
+                "--out",
+                "OUT",
+                "--policy",
+                "fixed",
+                "--exits",
+                "2",
+                "--calibrate",
+                ".1,.1",
+                "--retain",
+                "ROWS",
+            ),
             "calibrate: fixed has no threshold",
         ),
         (("truncate", "DENSE", "--out", "OUT", "--depth", "6"), "depth: 6 is not between 1 and 5"),
@@ -197,7 +230,7 @@ def test_joules_are_told_by_counters_alone(dense, command, monkeypatch) -> None:
         (("generate", "DENSE", "--draft", "2"), "prompt: missing"),
         (("generate", "DENSE", "--prompt", "a", "--draft", "6"), "depth: 6 is not between 1 and 5"),
         (("generate", "DENSE", "--prompt", "a", "--draft", "2", "--new", "200"), "this model takes 96"),
-        (("generate", "DENSE", "--prompt", "a", "--draft", "2", "--estimate"), "estimate: goes with --energy"),
+        (("generate", "DENSE", "--prompt", "a", "--draft", "2", "--estimate"), "estimate, window: go with --energy"),
         (("generate", "DENSE", "--prompts", "none.txt"), "prompts: none.txt: no such file"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
@@ -210,3 +243,30 @@ def test_bad_input_is_one_line_and_nothing_is_written(dense, rows, command, tmp_
     assert done.err.strip().splitlines()[-1].startswith("remanence: ")
     assert "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_penalties_of_the_model_itself_move_no_text(dense, command, tmp_path) -> None:
+    """Greedy for all: else a draft would be held against another kind of decoding."""
+    model = load_model(dense)
+    model.generation_config.repetition_penalty = 1.7
+    save_model(model, load_tokenizer(dense), tmp_path / "r")
+    asked = ("--prompt", "Who is number 1?", "--new", 12, "--repeats", 2, "--draft", 3, "--json")
+    plain, penalized = (json.loads(command("generate", place, *asked).out) for place in (dense, tmp_path / "r"))
+    assert plain["texts"] == penalized["texts"]
+    assert all(row["full depth"] == row["draft 3, verify"] for row in plain["texts"])
+
+
+def test_a_threshold_is_calibrated_as_it_is_served(dense, rows, command, tmp_path, monkeypatch) -> None:
+    from remanence.compress.early_exit import calibrate
+
+    served = []
+    exits = calibrate.early_exit
+    monkeypatch.setattr(
+        calibrate, "early_exit", lambda model, policy, sync: served.append(sync) or exits(model, policy, sync)
+    )
+    done = command(
+        "policy", dense, "--policy", "confidence", "--exits", "3", "--exit-sync", "batch", "--calibrate", "0.9,0.5",
+        "--retain", rows, "--prompts", 16, "--new", 3, "--out", tmp_path / "p",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert set(served) == {"batch"}

@@ -161,15 +161,17 @@ def generate(
     threshold: Annotated[float | None, typer.Option(help="In place of the stored one.")] = None,
     exit_sync: Annotated[str | None, typer.Option(help=_SYNC)] = None,
     draft: Annotated[
-        int | None, typer.Option(help="Besides: draft by so many layers, verify by the rest; no token changes.")
+        int | None, typer.Option(help="Besides: so many layers draft, the rest verify; no token changes, but for ties.")
     ] = None,
-    drafts: Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")] = 4,
+    drafts: Annotated[int | None, typer.Option(min=1, help="With --draft: tokens at a time (default: 4).")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds in which every way has its turn.")] = 3,
     energy: Annotated[bool, typer.Option("--energy", help="Joules for a token, too, where a counter is.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="With --energy: without a counter, time x a constant, labelled as that.")
     ] = False,
-    window: Annotated[float, typer.Option(help="With --energy: seconds of a window at least.")] = 5.0,
+    window: Annotated[
+        float | None, typer.Option(help="With --energy: seconds of a window at least (default: 5).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts at full depth and with exits, in one run: texts, depths, tokens a second."""
@@ -185,12 +187,12 @@ def generate(
         asked += [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not asked:
         raise UsageError("prompt: missing; give --prompt TEXT or --prompts FILE")
-    if estimate and not energy:
-        raise UsageError("estimate: goes with --energy")
+    if (estimate or window is not None) and not energy:
+        raise UsageError("estimate, window: go with --energy")
     check_model(model)
     quiet()
     order = Asked(asked, new_tokens, threshold, exit_sync, draft, drafts, repeats)
-    made: dict[str, Any] = run(model, order, Energy(estimate, window) if energy else None)
+    made: dict[str, Any] = run(model, order, Energy(estimate, window or 5.0) if energy else None)
     if as_json:
         print(json.dumps(made, indent=1, ensure_ascii=False))
         return

@@ -12,7 +12,6 @@ from remanence.compress.early_exit.calibrate import (
     THRESHOLDS,
     calibrated,
     p_value,
-    risk_loss,
     textual_loss,
     textual_losses,
 )
@@ -127,12 +126,6 @@ def test_textual_loss_is_by_the_longest_common_subsequence():
         assert textual_loss(a, b) == pytest.approx(wanted)
     assert textual_loss([1, 2, 3], [1, 2, 3]) == 0
     assert textual_loss([], [1]) == 1
-
-
-def test_risk_loss():
-    assert risk_loss(0.3, 0.5) == pytest.approx(0.2)
-    assert risk_loss(0.7, 0.5) == 0
-    assert risk_loss(-3.0, 0.5) == 1
 
 
 def test_losses_of_texts_are_of_what_a_model_says():

@@ -14,7 +14,7 @@ from remanence.compress.early_exit.policy import Confidence, Fixed, Full, Probe,
 from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import compress_
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 NEW, LAYERS = 12, 6
@@ -326,3 +326,91 @@ def test_the_family_turns_its_own_way(tiny) -> None:
     model = tiny("phi3", rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5})
     assert anatomy(model).depth == LAYERS
     assert "apply_rotary_pos_emb" in vars(sys.modules[type(decoder_list(model)[2][0].self_attn).__module__])
+
+
+def _ends(plain, way: str):
+    """Ways to say when a row ends; what `generate` makes of each is its own matter."""
+    config = GenerationConfig(eos_token_id=int(plain[1, 5]), pad_token_id=0, max_new_tokens=NEW, do_sample=False)
+    return {
+        "none": ((), {"eos_token_id": None, "max_new_tokens": NEW, "do_sample": False}),
+        "keyword": ((), {"eos_token_id": [int(plain[1, 5]), 3], "max_new_tokens": NEW, "do_sample": False}),
+        "by place": ((config,), {}),
+        "config": ((), {"generation_config": config}),
+    }[way]
+
+
+@pytest.mark.parametrize("way", ["none", "keyword", "by place", "config"])
+def test_a_row_ends_where_generate_says(tiny, prompts, way) -> None:
+    """The model's own end is another one: rows that still write must not be taken for ended."""
+    model, (ids, mask) = tiny("llama"), prompts()
+    plain = generate(model, ids, mask)[:, -NEW:]
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = int(plain[0, 2]), 0
+    args, kwargs = _ends(plain, way)
+    expected = model.generate(ids, *args, attention_mask=mask, **kwargs)
+    with early_exit(model, Confidence(exits=(1, 2), threshold=1.01)) as run:
+        found = model.generate(ids, *args, attention_mask=mask, **kwargs)
+    assert torch.equal(found, expected)
+    depths = run.depths(found.shape[1] - ids.shape[1])
+    ends = {"none": []}.get(way, [int(plain[1, 5]), 3] if way == "keyword" else [int(plain[1, 5])])
+    for row, written in zip(depths, found[:, ids.shape[1] :], strict=True):
+        said = torch.isin(written, torch.tensor(ends)).nonzero()
+        last = int(said[0]) if len(said) else len(written) - 1
+        assert (row[: last + 1] == LAYERS).all()
+        assert (row[last + 1 :] == 0).all()
+
+
+def test_a_prompt_in_chunks_is_read_at_full_depth(tiny, prompts) -> None:
+    """Also where its last chunk is one token."""
+    model, (ids, mask) = tiny("llama"), prompts()
+    with early_exit(model, Fixed(exits=(1,))) as run:
+        whole = generate(model, ids, mask)
+        chunks = generate(model, ids, mask, prefill_chunk_size=ids.shape[1] - 1)
+    assert torch.equal(whole, chunks)
+    assert [len(call) for call in run.calls] == [NEW - 1] * 2
+
+
+def test_one_new_token_of_a_conversation_is_read_at_full_depth(tiny, prompts) -> None:
+    model, (ids, mask) = tiny("llama"), prompts(1)
+    with early_exit(model, Fixed(exits=(1,))) as run:
+        cache = DynamicCache(config=model.config)
+        first = generate(model, ids, mask, 4, past_key_values=cache, return_dict_in_generate=True, output_logits=True)
+        # The cache ends before the last token that was written: that one is the only new one.
+        again = generate(
+            model,
+            first.sequences,
+            torch.ones_like(first.sequences),
+            4,
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    assert [len(call) for call in run.calls] == [3, 3]
+    depths = torch.full((1, first.sequences.shape[1] + 3), LAYERS)
+    depths[:, ids.shape[1] : ids.shape[1] + 3] = depths[:, ids.shape[1] + 4 :] = 1
+    with torch.no_grad():
+        expected = token_by_layer(model, again.sequences[:, :-1], torch.ones_like(again.sequences[:, :-1]), depths)
+    assert (again.logits[0] - expected[:, first.sequences.shape[1] - 1]).abs().max() <= 1e-5
+
+
+def test_what_cannot_be_served_is_one_line(tiny, prompts) -> None:
+    model, (ids, mask) = tiny("llama", attention="eager"), prompts()
+    with early_exit(model, Fixed(exits=(1,))):
+        with pytest.raises(ValueError, match="use_cache: False; leaving early works with a KV cache alone"):
+            generate(model, ids, mask, use_cache=False)
+        with pytest.raises(ValueError, match="output_attentions: rows that have left"):
+            generate(model, ids, mask, output_attentions=True, return_dict_in_generate=True)
+        with pytest.raises(ValueError, match="leaves early already"), early_exit(model, Fixed(exits=(1,))):
+            pass
+        assert generate(model, ids, mask).shape == (5, ids.shape[1] + NEW)
+    own = model.generate
+    model.generate = own  # one of the instance, as others may have put it there
+    with early_exit(model, Fixed(exits=(1,))):
+        pass
+    assert model.__dict__["generate"] == own
+
+
+def test_a_model_inside_another_is_refused(tiny) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed (remanence[train])")
+    around = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="is around a model; merge it, or give the model inside"):
+        anatomy(around.eval())
