@@ -326,7 +326,7 @@ def _tuning(name: str, measured: Mapping[str, Mapping[str, Any]], seed: int) -> 
 
 def _controls(models: Mapping[str, Mapping[str, Any]], positive: Mapping[str, str]) -> dict[str, Any]:
     """Whether every control came out as it must; an audit with a failed control proves nothing."""
-    baseline = [_baseline(cell) for cell in models["target"]["cells"]]
+    baseline = [told(cell) for cell in models["target"]["cells"]]
     controls = {
         "baseline": {
             "ok": baseline[0] == "not forgotten" and set(baseline) <= {"not forgotten", "damaged"},
@@ -351,9 +351,9 @@ def _controls(models: Mapping[str, Mapping[str, Any]], positive: Mapping[str, st
     return controls
 
 
-def _baseline(cell: Mapping[str, Any]) -> str:
-    """What became of the target as its own unlearned model; it must be seen to have forgotten nothing."""
-    return "not forgotten" if cell["unforgotten"] and cell["verdict"] == "undecided" else cell["verdict"]
+def told(cell: Mapping[str, Any]) -> str:
+    """The verdict; "not forgotten" where it stayed open because nothing had been forgotten that could return."""
+    return "not forgotten" if cell.get("unforgotten") and cell["verdict"] == "undecided" else cell["verdict"]
 
 
 def leak_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -389,7 +389,7 @@ def verdict_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "recovered": _spread(cell["recovered_share"]),
             "known": _spread(cell["known_share"]),
             "rest": cell["rest"]["value"],
-            "verdict": cell["verdict"],
+            "verdict": told(cell),
             "j_per_token": cell["energy"],
         }
         for name, model in document["models"].items()
