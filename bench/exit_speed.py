@@ -66,6 +66,7 @@ def speed_rows(
     seconds    of the whole request, the prompt included; median over `repeats` rounds, in each of which every way has
                its turn; spread: interquartile range over it
     speedup    over full depth, by round: the median of the ratios
+    mflop_token, mb_token   of a decoded token, counted (early_exit/cost.py): operations, and bytes read by a row alone
     agreement  share of tokens that stand where they stand at full depth: a row's first other one moves those behind it
     """
     whole = costs(model, ids.shape[1] + new // 2)
@@ -87,6 +88,8 @@ def speed_rows(
             "exit_sync": way.sync if way.policy.exits else "",
             "mean_depth": None,
             "effective_depth": None,
+            "mflop_token": None,
+            "mb_token": None,
             "acceptance": said.acceptance if isinstance(said, Drafted) else None,
             "agreement": float((tokens == found[0][0]).double().mean()),
             "tokens_per_s": len(ids) * new / middle,
@@ -95,7 +98,9 @@ def speed_rows(
         }
         if isinstance(said, Run):
             depths = said.histogram()
+            work = whole.mean(depths, way.policy)
             row |= {"mean_depth": said.mean_depth, "effective_depth": whole.effective_depth(depths, way.policy)}
+            row |= {"mflop_token": work.operations / 1e6, "mb_token": work.bytes / 1e6}
         rows.append(row)
     return rows
 
