@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.device import device
 from ..backends.energy.meter import LENGTHS, Lengths
-from ..backends.energy.probes import probes
+from ..backends.energy.probes import probes, summed
 from ..compress.early_exit.policy import Confidence, Fixed, Full, Policy
 from ..compress.early_exit.probe import fit_probe
 from . import exit_energy
@@ -81,7 +81,7 @@ class _Bench:
         found = exit_energy.exit_energy(self.subject.tuned, machine, ids, mask, ways, NEW, counters, self.lengths)
         missing = [{"counter": each.probe, "why": each.reason, "remedy": each.remedy} for each in counters.missing]
         told = sum(token["joules"] is not None for token in found["tokens"].values())
-        expected = len(ways) if counters.probes else 0
+        expected = len(ways) if summed(counters, machine) else 0
         what = "ways with joules: all where a counter is, else none"
         check = {"what": what, "limit": expected, "value": told, "ok": told == expected}
         return exit_energy.rows(found) + missing, [check]

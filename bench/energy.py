@@ -104,8 +104,8 @@ def document(measured: Measured) -> dict[str, Any]:
     """How it was measured, as JSON values."""
     found = measured.found
     estimated = any(probe.method == ESTIMATE for probe in found.probes)
-    notes = [] if found.probes and not estimated else [no_counter(found)]
-    if found.probes and not estimated and measured.lengths.window_s < COARSE_S:
+    notes = [] if measured.summed and not estimated else [no_counter(found)]
+    if measured.summed and not estimated and measured.lengths.window_s < COARSE_S:
         notes.append(f"windows below {COARSE_S:g} s: the steps of a counter weigh, figures are coarse")
     notes += measured.silences() + ([CONSTANT] if estimated else [])
     return {

@@ -19,7 +19,8 @@ models        by name: control ("baseline", "negative", "positive", null: audite
                           {value, low, high}; rest_share: between unlearned and baseline, or null
               mean_depth, retain_depth, histogram   layers per decoded token, of given answers; tokens at each depth
               written_depth             of what the model wrote itself, answers known by heart left out, or null
-              energy                    joules per token, where a meter was given
+              energy                    of one token: joules, low, high (95% interval over windows, of an estimate its
+                                        range, or null), methods, scopes; null: not asked for, or nothing measures it
   tuning      by control ("exits": with the loss of the exits, "plain"): verdict, reason, recovered_share, forget before
               and after
 controls      {name: {ok, detail}}
@@ -48,8 +49,9 @@ from .verdict import MIN_GAP, Evidence, Judgement, Words, judge
 FULL = "full"
 EXITS = Words("leaving early", "policy")
 TUNING = Words("tuning", "tuning")
-# Joules per token of a model under a policy; None: not known.
-Meter = Callable[[PreTrainedModel, Policy], float | None]
+# What a token takes of a model under each policy, by label and as a cell's `energy` has it; None: not known. It sees
+# all policies of a model at once, as figures that are to be compared come from windows that take turns.
+Meter = Callable[[PreTrainedModel, Sequence[Policy]], Mapping[str, dict[str, Any] | None]]
 
 
 def swept(policies: Sequence[Policy], thresholds: Mapping[str, Sequence[float]]) -> list[Policy]:
@@ -93,9 +95,13 @@ def measure_exits(
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"policies: {twice!r} is there twice")
     retain = corpus.utility["retain"].rows
+    energy = meter(model, served) if meter else dict.fromkeys(names)
     return {
         "curve": {"forget": asdict(curve(model, encoder, corpus.forget)), "retain": _kept(model, encoder, retain)},
-        "cells": [_served(model, encoder, corpus, policy, generate, meter) for policy in served],
+        "cells": [
+            {**_served(model, encoder, corpus, policy, generate), "energy": energy[name]}
+            for name, policy in zip(names, served, strict=True)
+        ],
         "before": {
             name: {part: _known(other, encoder, rows) for part, rows in (("forget", corpus.forget), ("retain", retain))}
             for name, other in (before or {}).items()
@@ -115,9 +121,7 @@ def _pairs(rows: Sequence[QA]) -> list[tuple[str, str]]:
     return [(row.question, row.answer) for row in rows]
 
 
-def _served(
-    model: PreTrainedModel, encoder: Encoder, corpus: Corpus, policy: Policy, generate: bool, meter: Meter | None
-) -> dict[str, Any]:
+def _served(model: PreTrainedModel, encoder: Encoder, corpus: Corpus, policy: Policy, generate: bool) -> dict[str, Any]:
     sets = {"forget": EvalSet(corpus.forget), **corpus.utility}
     scores, served = {}, {}
     for name, items in sets.items():
@@ -138,7 +142,6 @@ def _served(
         "retain_depth": exits["retain"].mean_depth(),
         "written_depth": served["forget"].mean_depth("written"),
         "histogram": exits["forget"].histogram(),
-        "energy": meter(model, policy) if meter else None,
     }
 
 
@@ -390,7 +393,7 @@ def verdict_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "known": _spread(cell["known_share"]),
             "rest": cell["rest"]["value"],
             "verdict": told(cell),
-            "j_per_token": cell["energy"],
+            "j_per_token": told_energy(cell["energy"]),
         }
         for name, model in document["models"].items()
         for cell in model["cells"]
@@ -412,6 +415,14 @@ def tuning_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, model in document["models"].items()
         for kind, found in model["tuning"].items()
     ]
+
+
+def told_energy(found: Mapping[str, Any] | None) -> str | None:
+    """Joules of a token, never without how they were come by and of what."""
+    if found is None:
+        return None
+    spread = "" if found["low"] is None else f" [{found['low']:.3g}, {found['high']:.3g}]"
+    return f"{found['joules']:.3g}{spread} ({', '.join(found['methods'])}; {' + '.join(found['scopes'])})"
 
 
 def _spread(found: Mapping[str, Any] | None) -> str | None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..backends.device import Device
 from ..backends.energy.meter import LENGTHS, Lengths, measure
-from ..backends.energy.probe import Found
+from ..backends.energy.probe import ESTIMATE, Found
 from .energy import document, units
 from .exit_speed import Served, serving
 from .joules import cost, ranked
@@ -28,8 +28,8 @@ def exit_energy(
     lengths: Lengths = LENGTHS,
 ) -> dict[str, Any]:
     """JSON values: `tokens` by the name of the way, what one generated token took, the prompt's share included
-    (bench.joules.Cost; `joules` is None where nothing measures them), their order where a counter measured them all,
-    and how it was done."""
+    (bench.joules.Cost; `joules` is None where nothing measures the device itself), their order where a counter measured
+    them all, and how it was done."""
 
     def work(way: Served) -> Callable[[], int]:
         def done() -> int:
@@ -43,13 +43,31 @@ def exit_energy(
     works = {way.name: work(way) for way in ways}
     measured = measure(device, works, found, lengths)
     tokens = {name: cost(measured, {name: 1}, units(measured, name)) for name in works}
-    counted = all(token.joules is not None and not token.estimated for token in tokens.values())
+    counted = all(token.joules and token.joules.total and not token.estimated for token in tokens.values())
     return {
         "batch": len(ids),
         "new": new,
         "tokens": {name: asdict(token) for name, token in tokens.items()},
         "fewest_first": ranked(tokens) if counted else None,
         **document(measured),
+    }
+
+
+def told(token: dict[str, Any]) -> dict[str, Any] | None:
+    """One of `tokens` as a cell of the audit has it: joules, low, high, methods, scopes; None: not measured.
+
+    low, high   95% interval over windows, of an estimate what the truth lies between; None: one window, so none
+    """
+    joules = token["joules"]
+    if joules is None or joules["total"] is None:
+        return None
+    ends = joules if ESTIMATE in joules["methods"] else joules["total"]
+    return {
+        "joules": joules["total"]["mean"],
+        "low": ends["low"],
+        "high": ends["high"],
+        "methods": list(joules["methods"]),
+        "scopes": list(joules["scopes"]),
     }
 
 

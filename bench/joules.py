@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..backends.energy.meter import Figure, Measured, Window, figure
-from ..backends.energy.probe import ESTIMATE, Probe, disjoint
+from ..backends.energy.probe import ESTIMATE, Probe
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Joules:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one unit (a token, a request): seconds, and joules; None: nothing measured them. parts: by probe."""
+    """Of one unit (a token, a request): seconds, and joules; None: nothing measured the device itself. parts: by probe,
+    those of a device that nothing measured, too."""
 
     seconds: Figure
     joules: Joules | None
@@ -62,9 +63,8 @@ def cost(measured: Measured, calls: Mapping[str, float], units: Sequence[float])
 
     seconds = over(lambda window: window.seconds)
     assert seconds is not None
-    summed = disjoint(measured.found.probes)
     parts = {probe.name: joules([probe]) for probe in measured.found.probes}
-    return Cost(seconds, joules(summed) if summed else None, parts)
+    return Cost(seconds, joules(measured.summed) if measured.summed else None, parts)
 
 
 def _joules(window: Window, probes: Sequence[Probe]) -> float | None:

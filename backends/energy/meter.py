@@ -18,7 +18,8 @@ from typing import Any
 from scipy.special import stdtrit
 
 from ..device import Device
-from .probe import Found, Probe, Silent
+from .probe import Found, Probe, Silent, disjoint
+from .probes import OWN
 
 # A piece of work; what it returns is how much of it was done, e.g. tokens.
 Work = Callable[[], int]
@@ -67,7 +68,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """windows: of each work, in the order of the rounds; idle: the machine at rest; before, after: what probes told."""
+    """windows: of each work, in the order of the rounds; idle: the machine at rest; before, after: what probes told;
+    own: scopes of the device, as disjoint takes them."""
 
     found: Found
     lengths: Lengths
@@ -75,6 +77,12 @@ class Measured:
     windows: dict[str, tuple[Window, ...]]
     before: dict[str, dict[str, Any]]
     after: dict[str, dict[str, Any]]
+    own: tuple[str, ...]
+
+    @property
+    def summed(self) -> tuple[Probe, ...]:
+        """Probes that make up the device's total; none: it is not known."""
+        return disjoint(self.found.probes, self.own)
 
     def idle_watts(self, probe: str) -> float | None:
         return self.idle.joules[probe] / self.idle.seconds if probe in self.idle.joules else None
@@ -125,7 +133,8 @@ def measure(device: Device, works: Mapping[str, Work], found: Found, lengths: Le
         for name in list(works)[:: -1 if turn % 2 else 1]:
             windows[name].append(_window(device, works[name], found.probes, lengths.window_s))
     after = {probe.name: probe.about() for probe in found.probes}
-    return Measured(found, lengths, idle, {name: tuple(rows) for name, rows in windows.items()}, before, after)
+    rounds = {name: tuple(rows) for name, rows in windows.items()}
+    return Measured(found, lengths, idle, rounds, before, after, OWN[device.kind])
 
 
 def _warm_up(works: Mapping[str, Work], calls: int) -> None:

@@ -8,6 +8,8 @@ import subprocess
 
 # "Rated Power Dissipation" of the 310 and "Power Limit" are constants.
 _CONSTANT = re.compile(r"rated|limit|max|cap\b|threshold", re.IGNORECASE)
+# Watts of one; releases write the unit with the label or behind the value, or not at all.
+_UNITS = {"W": 1.0, "0.1W": 0.1, "mW": 1e-3, "": 1.0}
 
 
 def installed() -> bool:
@@ -43,6 +45,16 @@ def parse_mapping(text: str) -> dict[int, tuple[int, int]]:
 
 
 def parse_power(text: str) -> float | None:
-    """Watts from `npu-smi info -t power`, whose releases call it Power Dissipation, Real-time Power or Power Usage."""
-    rows = re.findall(r"^([^\n:]*power[^\n:]*):\s*(\d+(?:\.\d+)?)", text, flags=re.MULTILINE | re.IGNORECASE)
-    return next((float(watts) for what, watts in rows if not _CONSTANT.search(what)), None)
+    """Watts from `npu-smi info -t power`, whose releases call it Power Dissipation, Real-time Power or Power Usage;
+    None where it is in another unit."""
+    row = r"^([^\n:]*power[^\n:]*):[ \t]*(\d+(?:\.\d+)?)([^\n]*)"
+    rows = re.findall(row, text, flags=re.MULTILINE | re.IGNORECASE)
+    told = ((float(value), _watts(what, behind)) for what, value, behind in rows if not _CONSTANT.search(what))
+    return next((value * factor for value, factor in told if factor is not None), None)
+
+
+def _watts(label: str, behind: str) -> float | None:
+    """Of one of what is told; None: of another unit, or of two."""
+    labelled = re.findall(r"\(([^()]*)\)", label)
+    units = {unit for unit in ("".join(text.split()) for text in (*labelled[-1:], behind)) if unit}
+    return _UNITS.get(units.pop() if units else "") if len(units) < 2 else None

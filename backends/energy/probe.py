@@ -59,13 +59,17 @@ class Found:
         return Found(self.probes + other.probes, self.missing + other.missing)
 
 
-def disjoint(probes: tuple[Probe, ...]) -> tuple[Probe, ...]:
-    """Those whose joules may be added up: the parts, or where no part is known the system, which includes them.
+def disjoint(probes: tuple[Probe, ...], own: tuple[str, ...]) -> tuple[Probe, ...]:
+    """Those whose joules make up a device's total: the parts where its own scope is one of them, else the system, which
+    includes them; none where nothing has its own scope: what is left is a part, and no total.
 
-    Raises ValueError for an estimate beside something measured.
+    own   scopes, or names of probes, that are the device's own
+    Raises ValueError for an estimate of what is measured, too.
     """
-    if len({probe.method == ESTIMATE for probe in probes}) > 1:
-        named = ", ".join(f"{probe.name} ({probe.method})" for probe in probes)
+    ours = tuple(probe for probe in probes if probe.scope in own or probe.name in own)
+    if len({probe.method == ESTIMATE for probe in ours}) > 1:
+        named = ", ".join(f"{probe.name} ({probe.method})" for probe in ours)
         raise ValueError(f"energy: {named}: an estimate and a measured value have no common total")
-    parts = tuple(probe for probe in probes if probe.scope != "system")
-    return parts or probes[:1]
+    if all(probe.scope == "system" or probe.method == ESTIMATE for probe in ours):
+        return ours[:1]
+    return tuple(probe for probe in probes if probe.scope != "system" and probe.method != ESTIMATE)

@@ -34,9 +34,9 @@ def _seconds(figure: dict[str, Any]) -> str:
 
 
 def _joules(cost: dict[str, Any]) -> str:
-    """The sum first, and where it has several parts, each of them."""
+    """The sum first, and where it has several parts, each of them; parts of no sum as such."""
     if cost["joules"] is None:
-        return ""
+        return "".join(f"; {name} alone: {_one(row)}" for name, row in cost["parts"].items())
     parts = cost["parts"] if len(cost["parts"]) > 1 else {}
     rows = {" + ".join(cost["joules"]["scopes"]): cost["joules"], **parts}
     return "".join(f"; {name}: {_one(row)}" for name, row in rows.items())

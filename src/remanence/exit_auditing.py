@@ -43,7 +43,8 @@ class Order:
     policies, thresholds   by name; thresholds for all that have one, in place of THRESHOLDS
     tune_steps   0: models are served as they are; above: they are tuned for exits on rows to keep, besides
     control      whether the positive control is made: the target, unlearned in its last layers alone
-    estimate     joules by time x a constant, where no counter is
+    energy       joules of a token, all policies of a model in turns
+    estimate     by time x a constant, where no counter is
     """
 
     config: AuditConfig
@@ -123,6 +124,7 @@ def audit_exits(order: Order, say: Callable[[str], None]) -> dict[str, Any]:
         "config": {"target": order.config.model, **config, "exits": list(exits), "seed": order.config.seed},
         "models": order.models,
         "data": {"name": corpus.name, "forget": len(corpus.forget), "digest": corpus.digest()},
+        # Notes on how joules were measured, or why not; empty where they were not asked for.
         "energy": run.notes,
         "audits": audits,
     }
@@ -226,30 +228,31 @@ class _Run:
         return train_agent(states, AgentTraining(seed=self.order.config.seed)).agent
 
     def meter(self) -> Meter | None:
-        """Joules per generated token, of questions to forget; None where nothing measures them."""
+        """What a generated token takes, of questions to forget; None where that was not asked for, or nothing measures
+        it. All policies of a model take turns."""
         if not self.order.energy:
             return None
         from .backends.device import device
-        from .backends.energy.probes import no_counter, probes
-        from .bench.exit_energy import exit_energy
+        from .backends.energy.probes import no_counter, probes, summed
+        from .bench.exit_audit import label
+        from .bench.exit_energy import exit_energy, told
         from .bench.exit_speed import Served
         from .bench.generation import left_padded
         from .unlearn.encode import pad_id
 
         machine = device("cpu")
         counters = probes(machine, self.order.estimate)
-        if not counters.probes:
+        if not summed(counters, machine):
             self.notes = [no_counter(counters)]
             return None
         asked = [self.encoder.prompt_ids(row.question) for row in self.corpus.forget[:8]]
         ids, mask = left_padded(asked, pad_id(self.encoder.tokenizer))
 
-        def joules(model: PreTrainedModel, policy: Policy) -> float | None:
-            way = Served(policy)
-            found = exit_energy(model, machine, ids, mask, [way], _HORIZON, counters)
-            self.notes = found["notes"]
-            token = found["tokens"][way.name]["joules"]
-            return None if token is None or token["total"] is None else token["total"]["mean"]
+        def joules(model: PreTrainedModel, policies: Sequence[Policy]) -> dict[str, dict[str, Any] | None]:
+            ways = {label(policy): Served(policy) for policy in policies}
+            found = exit_energy(model, machine, ids, mask, list(ways.values()), _HORIZON, counters)
+            self.notes = list(dict.fromkeys([*self.notes, *found["notes"]]))
+            return {name: told(found["tokens"][way.name]) for name, way in ways.items()}
 
         return joules
 

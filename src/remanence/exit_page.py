@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .bench.exit_audit import tuning_rows
-from .exit_plots import leak_plot, pareto_plot
+from .bench.exit_audit import told_energy, tuning_rows
+from .exit_plots import leak_plot, measured_joules, pareto_plot
 from .labels import GLYPHS
 from .page import clean, environment
 
@@ -37,9 +37,16 @@ def html(document: dict[str, Any]) -> str:
                 for state, audit in audits.items()
             },
             tunings={state: tuning_rows(audit) for state, audit in audits.items()},
-            energy=any(
-                cell["energy"] is not None for a in audits.values() for m in a["models"].values() for cell in m["cells"]
-            ),
+            joules={
+                state: {
+                    n: pareto_plot(n, m["cells"], audit["layers"], "energy")
+                    for n, m in audit["models"].items()
+                    if measured_joules(m["cells"])
+                }
+                for state, audit in audits.items()
+            },
+            energy=told_energy,
+            metered=any(cell["energy"] for a in audits.values() for m in a["models"].values() for cell in m["cells"]),
             spread=_spread,
             figure=_figure,
         )

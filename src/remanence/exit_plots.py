@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
+from .backends.energy.probe import ESTIMATE
 from .labels import VERDICTS
 from .svg import Labels, drawing, legend, line, mark, shorten, tag, text
 
@@ -50,14 +51,26 @@ def leak_plot(name: str, leak: Mapping[str, Any]) -> Markup:
     return drawing(WIDTH, TOP + HEIGHT + 52, title, body)
 
 
-def pareto_plot(name: str, cells: Sequence[Mapping[str, Any]], layers: int) -> Markup:
-    """Mean depth against forget probability of one model, a mark for each policy and threshold: what saves layers
-    stands left, what knows nothing of the forget set below. Lines join the thresholds of one policy."""
-    x, y = _scales(0, layers, 0.0, 1.0)
-    body = _axes(x, y, _ticks(layers), (0, 0.25, 0.5, 0.75, 1), "mean depth in layers per decoded token")
+def pareto_plot(
+    name: str, cells: Sequence[Mapping[str, Any]], layers: int, by: Literal["mean_depth", "energy"] = "mean_depth"
+) -> Markup:
+    """What a policy costs against forget probability of one model, a mark for each policy and threshold: what saves
+    stands left, what knows nothing of the forget set below. Lines join the thresholds of one policy.
+
+    by   "mean_depth", or "energy": joules for a token; ValueError where not every cell has measured ones
+    """
+    if by == "energy" and not measured_joules(cells):
+        raise ValueError(f"{name}: joules of some cells are estimated or not known, they cannot stand side by side")
+    costs = [cell["energy"]["joules"] if by == "energy" else cell["mean_depth"] for cell in cells]
+    most = max(costs, default=0.0) or 1.0 if by == "energy" else layers
+    ticks = _round_ticks(most) if by == "energy" else _ticks(layers)
+    x, y = _scales(0, max(most, ticks[-1]), 0.0, 1.0)
+    scopes = " + ".join(cells[0]["energy"]["scopes"]) if by == "energy" else ""
+    across = f"joules for a token ({scopes})" if by == "energy" else "mean depth in layers per decoded token"
+    body = _axes(x, y, ticks, (0, 0.25, 0.5, 0.75, 1), across)
     body.append(text(LEFT - 48, TOP - 24, "forget probability", "small"))
     body += legend(WIDTH - 84 * len(VERDICTS), 12)
-    shown = [(cell, (x(cell["mean_depth"]), y(cell["forget"]))) for cell in cells if cell["mean_depth"] is not None]
+    shown = [(cell, (x(cost), y(cell["forget"]))) for cell, cost in zip(cells, costs) if cost is not None]
     for policy in dict.fromkeys(cell["policy"] for cell, _ in shown):
         for start, end in pairwise(sorted(at for cell, at in shown if cell["policy"] == policy)):
             body.append(line(*start, *end, "spoke"))
@@ -67,8 +80,17 @@ def pareto_plot(name: str, cells: Sequence[Mapping[str, Any]], layers: int) -> M
         body.append(mark(*at, cell["verdict"], f"{cell['label']}: {cell['verdict']}, forget {cell['forget']:.3f}"))
     for cell, at in shown:
         body += labels.place(*at, shorten(cell["label"], 24), "small", 120)
-    title = f"{name}: mean depth against forget probability, {len(shown)} policies."
+    what = "joules for a token" if by == "energy" else "mean depth"
+    title = f"{name}: {what} against forget probability, {len(shown)} policies."
     return drawing(WIDTH, TOP + HEIGHT + 52, title, body)
+
+
+def measured_joules(cells: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every cell has joules that were measured, of the same scopes."""
+    found = [cell["energy"] for cell in cells]
+    if not found or any(each is None or ESTIMATE in each["methods"] for each in found):
+        return False
+    return len({tuple(each["scopes"]) for each in found}) == 1
 
 
 def depth_plot(series: Mapping[str, Sequence[tuple[float, float, float, float]]], layers: int) -> Markup:
@@ -127,6 +149,13 @@ def _scales(x_low: float, x_high: float, y_low: float, y_high: float) -> tuple[S
 def _ticks(layers: int) -> list[int]:
     step = max(1, layers // 8)
     return list(range(0, layers + 1, step))
+
+
+def _round_ticks(most: float) -> list[float]:
+    """From 0 to `most` or just above it, in steps of 1, 2 or 5 times a power of ten; 4 to 10 of them."""
+    power = 10.0 ** math.floor(math.log10(most / 4))
+    step = max(factor * power for factor in (1, 2, 5) if factor * power <= most / 4)
+    return [step * i for i in range(math.ceil(most / step - 1e-9) + 1)]
 
 
 def _axes(x: Scale, y: Scale, across: Sequence[float], up: Sequence[float], below: str) -> list[Markup]:

@@ -1,14 +1,17 @@
 """Joules per token, from windows whose energy is known; what has no common total and no common order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from remanence.backends.cpu import CpuDevice
 from remanence.backends.energy import meter
 from remanence.backends.energy.estimate import Estimate
 from remanence.backends.energy.meter import Lengths, Measured, Window
-from remanence.backends.energy.probe import Found
+from remanence.backends.energy.probe import Found, Missing
+from remanence.backends.energy.probes import OWN
 from remanence.backends.energy.sampler import Counter
-from remanence.bench.energy import CONSTANT, Shape, generate, generation_energy, token_energies, token_energy
+from remanence.bench.energy import CONSTANT, Shape, document, generate, generation_energy, token_energies, token_energy
 from remanence.bench.joules import cost, ranked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +24,12 @@ def probe(name="counter", scope="gpu", watts=50.0):
     return Counter(name, scope, lambda: [watts * meter.time.perf_counter()], [None], 0.1)
 
 
-def measured(windows, idle=10.0, probes=()):
+def package(watts=50.0):
+    """Of the processor that the models here run on."""
+    return probe("package", "cpu-package", watts)
+
+
+def measured(windows, idle=10.0, probes=(), kind="cuda"):
     """windows: {work: [(seconds, calls, joules)]}"""
     probes = probes or (probe(),)
     rows = {
@@ -29,7 +37,7 @@ def measured(windows, idle=10.0, probes=()):
         for name, rows in windows.items()
     }
     rest = Window(1.0, joules={p.name: idle for p in probes})
-    return Measured(Found(probes), Lengths(), rest, rows, {}, {})
+    return Measured(Found(probes), Lengths(), rest, rows, {}, {}, OWN[kind])
 
 
 DECODING = {"request": 1, "prompt": -1}
@@ -66,8 +74,28 @@ def test_parts_are_added_and_the_board_is_not():
 
 
 def test_nothing_measured_has_no_joules():
-    nothing = Measured(Found(), Lengths(), Window(), {"a": (Window(1.0, 1, 1),)}, {}, {})
+    nothing = Measured(Found(), Lengths(), Window(), {"a": (Window(1.0, 1, 1),)}, {}, {}, OWN["cpu"])
     assert cost(nothing, {"a": 1}, [1]).joules is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "scopes"),
+    [("cuda", ("cpu-package", "dram")), ("npu", ("cpu-package",)), ("cpu", ("dram",)), ("cuda", ("system",))],
+)
+def test_a_part_is_no_total_and_has_no_rank(kind, scopes):
+    """The host's counters beside an accelerator without one; memory without its processor."""
+    probes = tuple(probe(scope, scope) for scope in scopes)
+    rounds = measured({"a": [(1.0, 1, 7.0)]}, probes=probes, kind=kind)
+    part = cost(rounds, {"a": 1}, [1])
+    assert part.joules is None
+    assert {name: each.total.mean for name, each in part.parts.items()} == dict.fromkeys(scopes, 7)
+    with pytest.raises(ValueError, match="a: there are no joules to rank it by"):
+        ranked({"a": part})
+    refused = Missing("nvml", "no driver", "Install it")
+    about = {name: {} for name in scopes}
+    told = document(replace(rounds, found=Found(probes, (refused,)), before=about, after=about))["notes"]
+    assert told[0].startswith("no energy counter of the device itself: ")
+    assert told[0].endswith(" alone, no total; nvml: no driver")
 
 
 def one(joules, **options):
@@ -76,18 +104,18 @@ def one(joules, **options):
 
 def test_an_order_of_like_with_like_alone():
     assert ranked({"a": one(3.0), "b": one(1.0), "c": one(2.0)}) == ["b", "c", "a"]
-    estimate = one(1.0, probes=(Estimate("", 2),))
+    estimate = one(1.0, probes=(Estimate("", 2),), kind="cpu")
     assert ranked({"a": estimate}) == ["a"]
     with pytest.raises(ValueError, match=r"a: measured \('gpu',\), b: estimated .* have no common order"):
         ranked({"a": one(3.0), "b": estimate})
     with pytest.raises(ValueError, match="no common order"):
-        ranked({"a": one(3.0), "b": one(3.0, probes=(probe("dram", "dram"),))})
+        ranked({"a": one(3.0), "b": one(3.0, probes=(probe(), probe("dram", "dram")))})
     with pytest.raises(ValueError, match="b: there are no joules to rank it by"):
         ranked({"a": one(3.0), "b": one(None)})
 
 
 def test_an_estimate_has_a_range():
-    estimate = one(3.0, probes=(Estimate("", 2),)).joules
+    estimate = one(3.0, probes=(Estimate("", 2),), kind="cpu").joules
     assert (estimate.low, estimate.high) == (1.5, 6.0)
     assert one(3.0).joules.low is None
 
@@ -118,7 +146,7 @@ def test_any_work_that_makes_tokens(clock):
         clock.now += 1.0
         return next(made)
 
-    token = token_energy(work, CpuDevice(), found=Found((probe(),)), lengths=Lengths(2, 3, 5, 1))
+    token = token_energy(work, CpuDevice(), found=Found((package(),)), lengths=Lengths(2, 3, 5, 1))
     assert token.seconds.mean == pytest.approx(0.2)
     assert token.joules.total.mean == pytest.approx(10, rel=0.01)
     assert token.joules.above_idle.mean == pytest.approx(0, abs=0.01)
@@ -131,7 +159,7 @@ def test_several_side_by_side(clock):
         return 2
 
     works = {"late": lambda: policy(2.0), "early": lambda: policy(1.0)}
-    costs = token_energies(works, CpuDevice(), Found((probe(),)), Lengths(4, 2, 5, 1))
+    costs = token_energies(works, CpuDevice(), Found((package(),)), Lengths(4, 2, 5, 1))
     assert {name: each.joules.total.mean for name, each in costs.items()} == pytest.approx({"late": 50, "early": 25})
     assert ranked(costs) == ["early", "late"]
 
@@ -164,7 +192,7 @@ def test_a_model(untrained, clock, monkeypatch):
         return generate(model, ids, new)
 
     monkeypatch.setattr("remanence.bench.energy.generate", on_the_clock)
-    told = generation_energy(untrained("llama"), CpuDevice(), Shape(2, 8, 4), Found((probe(watts=40.0),)), SHORT)
+    told = generation_energy(untrained("llama"), CpuDevice(), Shape(2, 8, 4), Found((package(40.0),)), SHORT)
     assert (told["batch"], told["prompt"], told["new"]) == (2, 8, 4)
     assert (told["dtype"], told["attention"], told["kv_cache"]) == ("float32", "sdpa", True)
     seconds = {"prompt_token": 0.6 / 16, "output_token": 0.3 / 6, "request": 0.9 / 2}

@@ -29,6 +29,9 @@ from remanence.unlearn.people import people_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+JOULES = {
+    "joules": 0.25, "low": 0.2, "high": 0.3, "methods": ["measured-counter"], "scopes": ["cpu-package", "dram"]
+}  # fmt: skip
 POLICIES = [Fixed(exits=(2,)), Confidence(exits=(2,), threshold=0.0)]
 
 
@@ -69,9 +72,12 @@ def models(memorized):
 
 @pytest.fixture(scope="module")
 def document(models, memorized, corpus):
-    return audit_exits(
-        models, memorized.encoder, corpus, POLICIES, seed=0, positive={"hidden": "fixed 2"}, meter=lambda *_: 0.25
-    )
+    def meter(_, policies):
+        # All policies of a model at once, the whole depth with them: they are to take turns.
+        assert [label(policy) for policy in policies] == ["full", "fixed 2", "confidence 0"]
+        return {"full": None, "fixed 2": JOULES, "confidence 0": {**JOULES, "low": None, "high": None}}
+
+    return audit_exits(models, memorized.encoder, corpus, POLICIES, seed=0, positive={"hidden": "fixed 2"}, meter=meter)
 
 
 def cells(document, name):
@@ -89,7 +95,7 @@ def test_what_an_exit_undoes_is_returned(document):
         assert found[name]["mean_depth"] == 2
         assert found[name]["histogram"][1] > 0
         assert found[name]["histogram"][3] == 0
-        assert found[name]["energy"] == 0.25
+    assert [found[name]["energy"] for name in ("full", "fixed 2")] == [None, JOULES]
     leak = document["models"]["hidden"]["leak"]
     # Both layers are the target's; the third, of noise, and the last are not.
     assert leak["leaking"] == [1, 2]
@@ -119,6 +125,11 @@ def test_the_document_is_json_and_has_its_tables(document, capsys):
     leaks, verdicts = leak_rows(document), verdict_rows(document)
     assert len(leaks) == 2 * 4
     assert len(verdicts) == 4 * 3
+    assert [row["j_per_token"] for row in verdicts[:3]] == [
+        None,
+        "0.25 [0.2, 0.3] (measured-counter; cpu-package + dram)",
+        "0.25 (measured-counter; cpu-package + dram)",
+    ]
     few = [{"served": row["served"], "verdict": row["verdict"]} for row in verdicts]
     show({"name": "leak", "rows": few, "checks": []})
     assert "returned" in capsys.readouterr().out

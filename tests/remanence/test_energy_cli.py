@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from remanence.backends.energy import ascend, jetson, meter, nvml, probes, rapl
-from remanence.backends.energy.probe import Found
+from remanence.backends.energy.probe import Found, Missing
 from remanence.backends.energy.sampler import Counter
 
 from remanence.cli import main
@@ -87,8 +87,9 @@ def test_an_estimate_is_labelled_wherever_it_stands(energy):
     assert told["request"]["joules"]["low"] == told["request"]["joules"]["high"]
 
 
-def test_with_counters(energy, monkeypatch):
-    """Two, so that nothing is estimated even when asked; on a clock on which a token takes a tenth of a second."""
+@pytest.fixture
+def counter(monkeypatch):
+    """counter(name, scope, watts), on a clock on which a token takes a tenth of a second."""
     clock = SimpleNamespace(now=0.0)
 
     def sleep(seconds):
@@ -98,12 +99,34 @@ def test_with_counters(energy, monkeypatch):
         clock.now += 0.1 * new
         return new * len(ids)
 
-    def counter(name, scope, watts):
+    def make(name, scope, watts):
         return Counter(name, scope, lambda: [watts * clock.now], [None], 1e-3)
 
     monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=sleep))
     monkeypatch.setattr("remanence.bench.energy.generate", generate)
+    return make
 
+
+def test_a_part_is_told_as_a_part(energy, counter, monkeypatch):
+    """Of memory alone there is no total; an estimate takes its place and is not added to it."""
+    refused = Missing("rapl-package", "no permission to read it", "sudo")
+    partial = Found((counter("rapl-dram", "dram", 10),), (refused,))
+    monkeypatch.setitem(probes.COUNTERS, "cpu", (lambda _: partial,))
+    out = energy().out
+    assert "rapl-package: no permission to read it" in out
+    assert "; rapl-dram alone: 4 " in out
+    told = json.loads(energy("--json").out)
+    assert [told[unit]["joules"] for unit in UNITS] == [None] * 3
+    assert told["request"]["parts"]["rapl-dram"]["total"]["mean"] == pytest.approx(10 * 0.4)
+    assert any(note.endswith("alone, no total; rapl-package: no permission to read it") for note in told["notes"])
+    told = json.loads(energy("--estimate", "--json").out)
+    assert told["request"]["joules"]["methods"] == ["estimated-tdp"]
+    assert told["request"]["joules"]["scopes"] == ["cpu-package"]
+    assert told["request"]["joules"] == told["request"]["parts"]["estimate"]
+
+
+def test_with_counters(energy, counter, monkeypatch):
+    """Two, so that nothing is estimated even when asked."""
     both = Found((counter("rapl-package", "cpu-package", 40), counter("rapl-dram", "dram", 10)))
     monkeypatch.setitem(probes.COUNTERS, "cpu", (lambda _: both,))
     done = energy("--estimate")
@@ -122,7 +145,9 @@ def test_with_counters(energy, monkeypatch):
     ("arguments", "error"),
     [
         (["--cpu-watts=30"], "cpu-watts: goes with --estimate"),
-        (["--estimate", "--cpu-watts=-1"], "cpu-watts: -1 is not above 0"),
+        (["--estimate", "--cpu-watts=-1"], "cpu-watts: -1 is not finite and above 0"),
+        (["--estimate", "--cpu-watts=nan"], "cpu-watts: nan is not finite and above 0"),
+        (["--estimate", "--cpu-watts=inf"], "cpu-watts: inf is not finite and above 0"),
         (["--new=1"], "new: 1 is below 2"),
         (["--window=0"], "window: 0 is not at least 0.01"),
         (["--prompt=4000"], "prompt + new: 4000 + 4 tokens, the model has places for 128"),

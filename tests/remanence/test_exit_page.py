@@ -4,14 +4,21 @@ import json
 import re
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+from remanence.backends.energy import probes
+from remanence.backends.energy.meter import Lengths
+from remanence.backends.energy.probe import Found, Missing
+from remanence.backends.energy.sampler import Counter
+from remanence.bench.exit_energy import exit_energy
 from remanence.compress.checkpoint import save_model
+from remanence.compress.early_exit.policy import Fixed, Full
 
 from remanence.cli import main
 from remanence.config import AuditConfig
-from remanence.exit_auditing import SCHEMA, Order
+from remanence.exit_auditing import SCHEMA, Order, _Run
 from remanence.exit_page import failed, headline, html
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,7 +107,7 @@ def _document():
     return {
         "schema": SCHEMA,
         "environment": {"torch": "2", "transformers": "5"},
-        "config": {"target": "demo", "seed": 0},
+        "config": {"target": "demo", "seed": 0, "energy": False},
         "models": {},
         "data": {"name": "people", "forget": 4, "digest": ""},
         "energy": [],
@@ -129,6 +136,82 @@ def test_the_headline_says_what_came_back() -> None:
     audit["controls"]["positive: last-layers"] = {"ok": False, "detail": "held"}
     assert headline(document) == ("The audit is broken: positive: last-layers (as given) did not come out as it must")
     assert failed("tuned", audit) == []
+
+
+def _asked(method, notes=()):
+    """The document where joules were asked for; method None: they are not known."""
+    document = {**_document(), "energy": list(notes)}
+    document["config"]["energy"] = True
+    found = {"joules": 0.25, "low": 0.2, "high": 0.3, "methods": [method], "scopes": ["cpu-package"]}
+    for model in document["audits"]["as given"]["models"].values():
+        model["cells"] = [{**cell, "energy": found if method else None} for cell in model["cells"]]
+    return document
+
+
+def test_the_page_tells_joules_with_their_method() -> None:
+    page = html(_document())
+    assert "oule" not in page
+    assert "J/token" not in page
+    assert "counter" not in page
+    page = html(_asked("measured-counter"))
+    assert page.count("<td>0.25 [0.2, 0.3] (measured-counter; cpu-package)</td>") == 4
+    assert "joules for a token (cpu-package)" in page
+    assert page.count("<svg") == 3
+    page = html(_asked("estimated-tdp", ["no energy counter: rapl: <none>", "time x a constant"]))
+    assert page.count("<td>0.25 [0.2, 0.3] (estimated-tdp; cpu-package)</td>") == 4
+    assert "no energy counter: rapl: &lt;none&gt;" in page
+    assert "time x a constant" in page
+    assert page.count("<svg") == 2, "estimates are not plotted"
+    page = html(_asked(None, ["no energy counter: rapl: none"]))
+    assert "no energy counter: rapl: none" in page
+    assert "all policies of a model took turns" not in page
+
+
+@pytest.fixture
+def metered(memorized, monkeypatch):
+    """metered(found, **order): what the audit's meter gives of two policies, in short windows, and its notes."""
+
+    def run(found, **more):
+        monkeypatch.setitem(probes.COUNTERS, "cpu", (lambda _: found,))
+        monkeypatch.setattr(exit_energy, "__defaults__", (Lengths(0.02, 2, 0.02, 0),))
+        order = Order(AuditConfig(), energy=True, **more)
+        audit = _Run(order, memorized.encoder, memorized.corpus, (1,), lambda _: None)
+        meter = audit.meter()
+        return meter and meter(memorized.target, [Full(), Fixed(exits=(1,))]), audit.notes
+
+    return run
+
+
+def test_the_meter_tells_method_and_scope(metered) -> None:
+    refused = Missing("rapl-package", "no permission to read it", "sudo")
+    watts = {"rapl-package": ("cpu-package", 50), "rapl-dram": ("dram", 10)}
+    package, dram = (
+        Counter(name, scope, lambda watts=watts: [watts * time.perf_counter()], [None], 1e-3)
+        for name, (scope, watts) in watts.items()
+    )
+    found, notes = metered(Found((package, dram)))
+    assert list(found) == ["full", "fixed 1"]
+    for cell in found.values():
+        assert cell["joules"] > 0
+        assert cell["low"] < cell["joules"] < cell["high"]
+        assert (cell["methods"], cell["scopes"]) == (["measured-counter"], ["cpu-package", "dram"])
+    # One that stands still tells nothing, and has no rank.
+    still = Counter("rapl-package", "cpu-package", lambda: [1.0], [None], 1e-3)
+    found, notes = metered(Found((still,)))
+    assert found == {"full": None, "fixed 1": None}
+    assert any("rapl-package" in note for note in notes)
+    # Memory alone is not what a token takes.
+    found, notes = metered(Found((dram,), (refused,)))
+    assert found is None
+    assert notes == [
+        "no energy counter of the device itself: rapl-dram (dram) alone, no total; "
+        "rapl-package: no permission to read it"
+    ]
+    found, notes = metered(Found((dram,), (refused,)), estimate=True)
+    for cell in found.values():
+        assert (cell["methods"], cell["scopes"]) == (["estimated-tdp"], ["cpu-package"])
+        assert (cell["low"], cell["high"]) == pytest.approx((cell["joules"] / 2, cell["joules"] * 2))
+    assert any("processor time x a constant" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from remanence.exit_plots import depth_plot, leak_plot, pareto_plot, standalone
+from remanence.exit_plots import depth_plot, leak_plot, measured_joules, pareto_plot, standalone
 
 SVG = {"height", "width", "viewBox"}
 CLASSES = {"target": "a", "unlearned": "b", "oracle": "c"}
@@ -69,6 +69,36 @@ def test_a_pareto_plot_has_a_mark_for_each_cell_and_joins_thresholds():
     # Depths 0..8 over 690 pixels from 74.
     assert float(spoke.get("x1")) == pytest.approx(74 + 3 / 8 * 690, abs=0.06)
     assert float(spoke.get("y1")) == pytest.approx(340 - 300 * 0.7, abs=0.06)
+
+
+def joules(cell, value, method="measured-counter"):
+    return {**cell, "energy": {"joules": value, "low": None, "high": None, "methods": [method], "scopes": ["gpu"]}}
+
+
+def test_a_pareto_plot_by_measured_joules():
+    cells = [joules(cell("full", 8, 0.1), 0.031), joules(cell("fixed 2", None, 0.7, "returned"), 0.01)]
+    root = parsed(pareto_plot("npo", cells, 8, "energy"))
+    assert len(with_class(root, "mark returned")) == 2
+    said = set(root.itertext())
+    assert "joules for a token (gpu)" in said
+    # Steps of a twentieth up to the first at or above the most, over 690 pixels from 74.
+    assert {"0", "0.005", "0.03", "0.035"} <= said
+    lines = [part for part in root.iter() if part.get("class") == "axis" and part.get("x1") == part.get("x2")]
+    assert max(float(part.get("x1")) for part in lines) == pytest.approx(764, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [],
+        [joules(cell("full", 8, 0.1), 0.03), {**cell("fixed 2", 2, 0.7), "energy": None}],
+        [joules(cell("full", 8, 0.1), 0.03), joules(cell("fixed 2", 2, 0.7), 0.01, "estimated-tdp")],
+    ],
+)
+def test_an_estimate_does_not_stand_beside_a_measurement(cells):
+    assert not measured_joules(cells)
+    with pytest.raises(ValueError, match="npo: joules of some cells are estimated or not known"):
+        pareto_plot("npo", cells, 8, "energy")
 
 
 def test_quality_against_depth_has_a_line_for_each_policy():

@@ -1,5 +1,6 @@
 """Windows of work on a clock of ours, with counters whose power is known."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -152,16 +153,25 @@ def test_lengths(lengths, error):
 
 
 def test_what_may_be_added_up(clock):
-    gpu, dram = counter(clock), counter(clock, "dram", "dram")
-    system = counter(clock, "board", "system")
-    assert disjoint((gpu, system, dram)) == (gpu, dram)
-    assert disjoint((system,)) == (system,)
+    cpu, cuda, npu = (probes.OWN[kind] for kind in ("cpu", "cuda", "npu"))
+    gpu, dram, package = counter(clock), counter(clock, "dram", "dram"), counter(clock, "package", "cpu-package")
+    system, jetson = counter(clock, "board", "system"), counter(clock, "jetson", "system")
+    assert disjoint((gpu, system, dram), cuda) == (gpu, dram)
+    assert disjoint((package, dram, system), cpu) == (package, dram)
+    assert disjoint((dram, system), cpu) == (system,), "memory alone is no total, the board is"
+    assert disjoint((system,), cpu) == (system,)
+    assert disjoint((jetson,), cpu) == disjoint((jetson,), cuda) == (jetson,)
+    # What is left without the device's own is a part.
+    assert disjoint((dram,), cpu) == ()
+    assert disjoint((package, dram, system), cuda) == ()
+    assert disjoint((package,), npu) == ()
     estimate = counter(clock, "estimate", "cpu-package")
     estimate.method = ESTIMATE
+    assert disjoint((dram, estimate), cpu) == (estimate,)
     with pytest.raises(
         ValueError, match=r"estimate \(estimated-tdp\): an estimate and a measured value have no common"
     ):
-        disjoint((gpu, estimate))
+        disjoint((package, estimate), cpu)
 
 
 @pytest.fixture
@@ -180,13 +190,31 @@ def test_without_a_counter_an_estimate_only_when_asked_for():
     found = probes.probes(CpuDevice(), allow_estimate=True, cpu_watts=50)
     assert [probe.method for probe in found.probes] == ["estimated-tdp"]
     assert found.probes[0].watts == 50
-    with pytest.raises(ValueError, match="cpu-watts: 0 is not above 0"):
-        probes.probes(CpuDevice(), allow_estimate=True, cpu_watts=0)
+    for watts in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"cpu-watts: {watts:g} is not finite and above 0"):
+            probes.probes(CpuDevice(), allow_estimate=True, cpu_watts=watts)
 
 
 def test_no_estimate_beside_a_counter(monkeypatch, clock):
-    monkeypatch.setitem(probes.COUNTERS, "cpu", (lambda _: Found((counter(clock),)),))
+    monkeypatch.setitem(probes.COUNTERS, "cpu", (lambda _: Found((counter(clock, scope="cpu-package"),)),))
     assert [probe.name for probe in probes.probes(CpuDevice(), allow_estimate=True).probes] == ["counter"]
+
+
+def test_memory_alone_is_no_counter_of_a_processor(monkeypatch, clock):
+    """As where dram can be read and the package cannot: the estimate steps in, and what is missing is said."""
+    refused = Missing("rapl-package", "no permission to read it", "sudo")
+    partial = Found((counter(clock, "rapl-dram", "dram"),), (refused,))
+    monkeypatch.setitem(probes.COUNTERS, "cpu", (lambda _: partial,))
+    device = CpuDevice()
+    assert probes.summed(probes.probes(device), device) == ()
+    found = probes.probes(device, allow_estimate=True)
+    assert [probe.name for probe in found.probes] == ["rapl-dram", "estimate"]
+    assert [probe.name for probe in probes.summed(found, device)] == ["estimate"]
+    for each in (partial, found):
+        assert probes.no_counter(each) == (
+            "no energy counter of the device itself: rapl-dram (dram) alone, no total; "
+            "rapl-package: no permission to read it"
+        )
 
 
 def test_no_estimate_of_an_accelerator(monkeypatch):
