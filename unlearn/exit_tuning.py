@@ -173,7 +173,8 @@ def tune_(
     pairs   (question, answer), of which the answer is supervised, or ("", running text), of which all is, as in the
             paper. The share held out is drawn by the seed
     Raises ValueError for a model that cannot leave early, is not float32 or float64 (steps this small are lost in 16
-    bits), or is quantized; for exits that it does not have; for fewer than two rows. Diverged as `fit`.
+    bits), or is quantized; for exits that it does not have; for fewer than two rows. Diverged as `fit`. Whatever is
+    raised, the model is whole: with adapters its weights are as before, else as far as they were trained.
     """
     body = anatomy(model)
     weights = exit_weights(tuning.weights, tuning.exits, body.depth, tuning.ratio, tuning.shallow, tuning.deep)
@@ -181,20 +182,15 @@ def tune_(
     depths = (*tuning.exits, body.depth)
     learned, judged = _split(encoder, pairs, tuning, seed)
     before, tokens = exit_losses(model, encoder, judged, depths)
-    trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    torch.manual_seed(seed)  # of which adapters are drawn
-    adapted: Any = with_lora(model, tuning.lora_rank, 2 * tuning.lora_rank) if tuning.lora_rank else None
-    network: nn.Module = adapted or model
-    if adapted is None:
-        model.requires_grad_(True)
-
-    def loss(given: Mapping[str, Batch]) -> Tensor:
-        return weighted_loss(network, body, given["text"], depths, weights)
-
     feed = Feed(encoder, {"text": learned}, {"text": min(tuning.batch_size, len(learned))}, seed)
     schedule = Schedule(tuning.steps, tuning.learning_rate, warmup=tuning.steps // 20, weight_decay=0.01)
-    begin = time.perf_counter()
-    try:
+    torch.manual_seed(seed)  # of which adapters are drawn
+    with _training(model, tuning.lora_rank) as network:
+
+        def loss(given: Mapping[str, Batch]) -> Tensor:
+            return weighted_loss(network, body, given["text"], depths, weights)
+
+        begin = time.perf_counter()
         history = fit(
             network,
             Objective([Term("exits", loss, "text", "tokens")]),
@@ -204,17 +200,33 @@ def tune_(
             micro_batch=tuning.micro_batch,
             progress=progress,
         )
-    finally:
-        model.eval()
-        for parameter in model.parameters():
-            parameter.grad = None
-    seconds = time.perf_counter() - begin
-    if adapted is not None:
-        merged(adapted)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains[name])
+        seconds = time.perf_counter() - begin
     after, _ = exit_losses(model, encoder, judged, depths)
     return ExitReport(depths, weights, before, after, tokens, tuple(history), seconds)
+
+
+@contextmanager
+def _training(model: PreTrainedModel, lora_rank: int) -> Iterator[nn.Module]:
+    """Inside the block what trains: the model, or one with adapters. They are merged at the end, and taken out unmerged
+    where the block raised; either way names, what requires gradients, and the mode (eval) are as before."""
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    adapted: Any = with_lora(model, lora_rank, 2 * lora_rank) if lora_rank else None
+    if adapted is None:
+        model.requires_grad_(True)
+    done = False
+    try:
+        yield adapted or model
+        done = True
+    finally:
+        if adapted is not None:
+            if done:
+                merged(adapted)
+            else:
+                adapted.unload()
+        model.eval()
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(trains[name])
 
 
 def _check_trainable(model: PreTrainedModel) -> None:

@@ -56,8 +56,8 @@ class Costs:
             return Work(0, 0)
         asked = sum(exit <= depth for exit in policy.exits)
         operations = policy.check_operations(self.hidden, self.vocabulary)
-        # The head is the model's; a policy's own weights are as many as its operations, halved, in float32.
-        read = self.head.bytes if policy.name == "confidence" else 2 * operations if policy.weights else 0
+        # Confidence has no weights of its own: it reads the model's head.
+        read = self.head.bytes if policy.name == "confidence" else policy.check_bytes()
         return asked * Work(operations, read)
 
     def mean(self, histogram: Mapping[int, int], policy: Policy) -> Work:

@@ -14,7 +14,7 @@ agent         GREEN-CODE's network, trained by PPO: the probability of its actio
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -51,9 +51,10 @@ class Policy:
     """Leave at the first of `exits` where the score is at least the threshold.
 
     exits       depths at which it is asked, ascending
-    threshold   at position 0; above 1 nobody leaves
-    decay       CALM's falling threshold (equation 5): at position t it is .9 threshold + .1 exp(-decay t / horizon),
-                within 0 and 1; None: it stays
+    threshold   above 1 nobody leaves
+    decay       CALM's falling threshold (equation 5): at position t the score is held against
+                .9 threshold + .1 exp(-decay t / horizon), within 0 and 1, which falls from .1 above .9 threshold to
+                .9 threshold; None: against the threshold at every position
     """
 
     name: ClassVar[str]
@@ -68,17 +69,19 @@ class Policy:
     horizon: int = 128
 
     def __post_init__(self) -> None:
+        if not isinstance(self.exits, list | tuple):
+            raise ValueError(f"exits: {self.exits!r}: expected depths from 1, ascending")
         exits = tuple(self.exits)
-        if list(exits) != sorted(set(exits)) or not all(type(depth) is int and depth > 0 for depth in exits):
+        if not all(type(depth) is int and depth > 0 for depth in exits) or list(exits) != sorted(set(exits)):
             raise ValueError(f"exits: {list(exits)}: expected depths from 1, ascending")
         if not exits and self.name != "full":
             raise ValueError(f"exits: none; the policy {self.name} needs at least one")
-        if not math.isfinite(self.threshold) or self.threshold < 0:
-            raise ValueError(f"threshold: {self.threshold}: expected a number of at least 0")
-        if self.decay is not None and not self.decay > 0:
-            raise ValueError(f"decay: {self.decay}: expected a number above 0")
-        if self.horizon < 1:
-            raise ValueError(f"horizon: {self.horizon}: expected at least 1 token")
+        if not _is_number(self.threshold) or self.threshold < 0:
+            raise ValueError(f"threshold: {self.threshold!r}: expected a number of at least 0")
+        if self.decay is not None and not (_is_number(self.decay) and self.decay > 0):
+            raise ValueError(f"decay: {self.decay!r}: expected a number above 0")
+        if type(self.horizon) is not int or self.horizon < 1:
+            raise ValueError(f"horizon: {self.horizon!r}: expected a whole number of tokens, at least 1")
         if not self.graded and self.threshold <= 1 and self.threshold != _UNUSED:
             raise ValueError(f"threshold: {self.threshold}: the policy {self.name} has none")
         if self.name == "fixed" and len(exits) != 1:
@@ -117,6 +120,10 @@ class Policy:
     def check_operations(self, hidden: int, vocabulary: int) -> int:
         """Multiplications and additions of one check of one row, besides the model's own layers."""
         raise NotImplementedError
+
+    def check_bytes(self) -> int:
+        """Of the policy's own weights, read by one check of one row."""
+        return 0
 
     def settings(self) -> dict[str, Any]:
         """What is no tensor, as JSON."""
@@ -194,6 +201,11 @@ class Confidence(Policy):
         return 2 * hidden * vocabulary
 
 
+def _is_number(value: object) -> bool:
+    """One that a float can hold; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _on(tensor: Tensor, state: Tensor) -> Tensor:
     """Float32 beside the state."""
     return tensor.to(state.device, torch.float32)
@@ -228,6 +240,10 @@ class Probe(Policy):
     def check_operations(self, hidden: int, vocabulary: int) -> int:  # noqa: ARG002
         return 4 * hidden
 
+    def check_bytes(self) -> int:
+        # One exit's of each.
+        return sum(tensor.nbytes for tensor in self.tensors().values()) // len(self.exits)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agent(Policy):
@@ -245,8 +261,8 @@ class Agent(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature}: expected a number above 0")
+        if not _is_number(self.temperature) or not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature!r}: expected a number above 0")
 
     def score(self, step: Step) -> Tensor:
         x = step.state.float()
@@ -270,6 +286,9 @@ class Agent(Policy):
 
     def check_operations(self, hidden: int, vocabulary: int) -> int:  # noqa: ARG002
         return sum(2 * weight.numel() for weight, _ in self.layers)
+
+    def check_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         pairs = enumerate(self.layers)

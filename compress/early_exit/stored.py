@@ -50,7 +50,7 @@ def load_policy(directory: Path | str, model: PreTrainedModel) -> tuple[Policy, 
         raise ValueError(f"{file}: {unknown[0]}: {'missing' if unknown[0] in _KEYS else 'unknown'}")
     if found["schema"] != SCHEMA:
         raise ValueError(f"{file}: schema: {found['schema']!r} is not {SCHEMA}")
-    if found["policy"] not in POLICIES:
+    if not isinstance(found["policy"], str) or found["policy"] not in POLICIES:
         raise ValueError(f"{file}: policy: {found['policy']!r} is not one of {', '.join(POLICIES)}")
     if found["sync"] not in get_args(Sync):
         raise ValueError(f"{file}: sync: {found['sync']!r} is not one of {', '.join(get_args(Sync))}")

@@ -207,6 +207,33 @@ def test_exits_learn_and_lora_leaves_a_plain_model(arch, rank, data):
     assert exit_losses(model, encoder, pairs[:3], report.depths)[0]  # still a model that leaves early
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_run_that_is_broken_off_leaves_the_model_whole(rank, error, data):
+    tokenizer, encoder, pairs = data
+    model = build("llama", tokenizer)
+    model.model.requires_grad_(False)
+    start = copy.deepcopy(model.state_dict())
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def progress(done, steps, text):  # noqa: ARG001
+        if done == 2:
+            raise error
+
+    tuning = ExitTuning((1, 2), steps=4, learning_rate=1e-2, batch_size=8, lora_rank=rank)
+    with pytest.raises(error):
+        tune_(model, encoder, pairs[:20], tuning, progress=progress)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+    now = model.state_dict()
+    assert now.keys() == start.keys()
+    same = all(torch.equal(value, start[name]) for name, value in now.items())
+    assert same == bool(rank)  # adapters are taken out unmerged; a step of the whole model cannot be
+    assert not any("lora" in type(module).__name__.lower() for module in model.modules())
+    tune_(model, encoder, pairs[:20], tuning)  # and can be tuned again
+
+
 def test_the_control_does_not_train_exits(data):
     """ "plain" minimizes the last loss alone: lower there than with exits, which stay as bad as they were."""
     tokenizer, encoder, pairs = data

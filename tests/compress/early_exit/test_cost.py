@@ -6,7 +6,7 @@ import pytest
 import torch
 from remanence.compress.checkpoint import load_model, write_model
 from remanence.compress.early_exit.cost import costs
-from remanence.compress.early_exit.policy import NEVER, Confidence, Fixed, Full, Saturation
+from remanence.compress.early_exit.policy import NEVER, Agent, Confidence, Fixed, Full, Probe, Saturation
 from remanence.compress.early_exit.truncated import truncate_
 from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import compress_
@@ -53,6 +53,17 @@ def test_a_check_by_the_head_costs_layers_where_the_vocabulary_is_large() -> Non
     assert found.head.operations / found.layer.operations == pytest.approx(4.3, abs=0.05)
     assert found.keys_values.operations / found.layer.operations == pytest.approx(0.034, abs=0.001)
     assert found.checks(8, Saturation(exits=(4, 8, 12))).operations == 2 * 6 * 2048
+
+
+def test_bytes_of_a_check_are_those_of_the_policys_weights(tiny) -> None:
+    found, e = costs(tiny("llama")), torch.zeros(3, D)
+    probe = Probe(exits=(1, 2, 4), mean=e, deviation=e + 1, weight=e, bias=torch.zeros(3))
+    # Mean, deviation and weight of one exit in float32, and its bias; two exits are asked on the way to 3.
+    assert found.checks(3, probe).bytes == 2 * (12 * D + 4)
+    layers = tuple((torch.zeros(n, k), torch.zeros(n)) for n, k in ((5, D), (2, 5)))
+    assert found.checks(1, Agent(exits=(1,), layers=layers)).bytes == 4 * (5 * D + 5 + 2 * 5 + 2)
+    assert found.checks(1, Saturation(exits=(1,))).bytes == 0
+    assert found.checks(2, Confidence(exits=(1, 2))).bytes == 2 * 4 * D * V
 
 
 @pytest.mark.parametrize("kind", ["phi3", "opt"])

@@ -139,11 +139,29 @@ def test_a_state_that_is_no_number_stays() -> None:
         ({"exits": (1,), "threshold": float("nan")}, "threshold: nan"),
         ({"exits": (1,), "decay": 0}, "decay: 0: expected a number above 0"),
         ({"exits": (1,), "horizon": 0}, "horizon: 0"),
+        ({"exits": (1,), "horizon": 1.5}, "horizon: 1.5: expected a whole number of tokens"),
+        ({"exits": (1,), "horizon": True}, "horizon: True"),
+        ({"exits": 3}, "exits: 3: expected depths from 1"),
+        ({"exits": (True, 2)}, r"exits: \[True, 2\]: expected depths from 1"),
+        ({"exits": (1.0,)}, r"exits: \[1\.0\]: expected depths from 1"),
+        ({"exits": ([1], "2")}, r"exits: \[\[1\], '2'\]: expected depths from 1"),
+        ({"exits": (1,), "threshold": "0.5"}, "threshold: '0.5': expected a number"),
+        ({"exits": (1,), "threshold": True}, "threshold: True: expected a number"),
+        ({"exits": (1,), "threshold": 10**400}, "threshold: 10+: expected a number"),
+        ({"exits": (1,), "decay": "fast"}, "decay: 'fast': expected a number above 0"),
+        ({"exits": (1,), "decay": True}, "decay: True"),
+        ({"exits": (1,), "decay": float("inf")}, "decay: inf"),
     ],
 )
 def test_settings_that_mean_nothing(values, said) -> None:
     with pytest.raises(ValueError, match=said):
         Confidence(**values)
+
+
+@pytest.mark.parametrize("temperature", [0, float("nan"), True, "hot"])
+def test_an_agents_temperature_is_a_number(temperature) -> None:
+    with pytest.raises(ValueError, match=f"temperature: {temperature!r}: expected a number above 0"):
+        agent(temperature=temperature)
 
 
 def test_exits_evenly_spaced() -> None:
@@ -203,13 +221,24 @@ def weights(change):
     [
         (edited(schema="remanence.early_exit/9"), "schema: 'remanence.early_exit/9' is not"),
         (edited(policy="oracle"), "policy: 'oracle' is not one of full, fixed"),
+        (edited(policy=[]), r"policy: \[\] is not one of full, fixed"),
+        (edited(policy={}), r"policy: \{\} is not one of full, fixed"),
+        (edited(sync=[]), r"sync: \[\] is not one of row, batch"),
         (edited(sync="all"), "sync: 'all' is not one of row, batch"),
         (edited(layers=5), "layers: 5; this model has 6"),
         (edited(hidden_size=32), "hidden_size: 32; this model has 64"),
         (edited(settings={"exits": [2, 4]}), "settings: expected decay, exits, horizon, threshold"),
         (
             edited(settings={"exits": [2, 4], "threshold": "high", "decay": None, "horizon": 1}),
-            "settings: must be real",
+            "settings: threshold: 'high': expected a number",
+        ),
+        (
+            edited(settings={"exits": [2, 4], "threshold": 0.5, "decay": None, "horizon": 1.5}),
+            r"settings: horizon: 1\.5: expected a whole number",
+        ),
+        (
+            edited(settings={"exits": {"2": 4}, "threshold": 0.5, "decay": None, "horizon": 1}),
+            "settings: exits: {'2': 4}: expected depths",
         ),
         (edited(settings=[]), "settings: expected"),
         (edited(sync=None), "sync: missing"),
