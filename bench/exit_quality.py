@@ -2,15 +2,18 @@
 
 A language model is trained here, then tuned (and, as a control, trained on as long without exits). Probe and agents
 learn from its rollouts on text that nothing else sees, and every policy reads held-out text at several thresholds. What
-an agent trained by reinforcement has over a classifier of the same states is asked at equal depth, on the same texts.
+an agent trained by reinforcement has over a classifier of the same states is asked at equal depth, on the same texts;
+what CALM's guarantee leaves of either, at thresholds calibrated on texts of their own.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compress.early_exit.agent import AgentTraining, Reward, Trained, returns, train_agent
 from ..compress.early_exit.anatomy import anatomy
+from ..compress.early_exit.calibrate import calibrated
 from ..compress.early_exit.cost import costs
 from ..compress.early_exit.parallel import scored
 from ..compress.early_exit.policy import NEVER, Confidence, Fixed, Full, Policy, Saturation, Schedule
@@ -40,8 +44,9 @@ SHAPE = DemoConfig(
     vocab_size=1024, hidden_size=128, intermediate_size=256, layers=12, heads=4, kv_heads=2, max_length=80
 )
 EXITS = (2, 4, 6, 8, 10)
-# Characters to learn from, to collect states on, to judge on.
-LEARNED, SEEN, JUDGED = 120_000, 60_000, 24_000
+# Characters to learn from, to collect states on, to judge on, to calibrate on. The last are some 180 windows: with a
+# mean loss of 1.5 % delta .05 can just be promised.
+LEARNED, SEEN, JUDGED, CALIBRATED = 120_000, 60_000, 24_000, 40_000
 _PEOPLE = 700
 EPOCHS = 8
 TUNING = ExitTuning(EXITS, steps=160, learning_rate=1e-3, batch_size=8, length=64)
@@ -49,6 +54,10 @@ TUNING = ExitTuning(EXITS, steps=160, learning_rate=1e-3, batch_size=8, length=6
 WINDOW, CONTEXT = 64, 24
 # Of the scores at all exits: where thresholds are put.
 QUANTILES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
+# What is promised of the mean share of other tokens: at most DELTAS, but for a risk of EPSILON.
+DELTAS, EPSILON = (0.05, 0.1), 0.05
+# Of the scores, too: where thresholds are tested. Each step up keeps six tenths of the scores that were enough before.
+TESTED = tuple(1 - 0.6**i for i in range(12))
 # Depths at which curves are compared.
 GRID = 9
 # 500,000 decisions in the paper; fewer, at a rate for as few, on standardised states, in ours. An agent that is behind
@@ -71,13 +80,15 @@ Array = NDArray[np.float64]
 class Subject:
     """A model tuned for exits, with what it came from and what it is judged on.
 
-    models   "as trained", "trained on (control)" and "tuned for exits"
-    states   of the tuned one, on text that nothing else sees
+    models        "as trained", "trained on (control)" and "tuned for exits"
+    calibration   reads text that nothing else sees
+    states        of the tuned one, on text that nothing else sees
     """
 
     models: dict[str, PreTrainedModel]
     encoder: Encoder
     judge: Judge
+    calibration: Judge
     states: States
 
     @property
@@ -91,10 +102,10 @@ def subject(
     shape: DemoConfig = SHAPE,
     epochs: int = EPOCHS,
     tuning: ExitTuning = TUNING,
-    characters: tuple[int, int, int] = (LEARNED, SEEN, JUDGED),
+    characters: tuple[int, int, int, int] = (LEARNED, SEEN, JUDGED, CALIBRATED),
 ) -> Subject:
     """Trained here. data_dir: of WikiText-2; None: about generated people."""
-    learned, seen, judged = _texts(data_dir, characters)
+    learned, seen, judged, calibration = _texts(data_dir, characters)
     tokenizer = byte_bpe(learned.splitlines(), shape.vocab_size)
     encoder = Encoder(tokenizer, shape.max_length)
     models = {"as trained": trained(tokenizer, learned, seed, shape, epochs)}
@@ -102,13 +113,13 @@ def subject(
         models[name] = copy.deepcopy(models["as trained"])
         tune_(models[name], encoder, [("", learned)], replace(tuning, weights=kind), seed)
     states = _states(models["tuned for exits"], tokenizer, seen, tuning.exits, seed)
-    return Subject(models, encoder, Judge(tokenizer, judged), states)
+    return Subject(models, encoder, Judge(tokenizer, judged), Judge(tokenizer, calibration), states)
 
 
 def run_quality(
     of: Subject, seed: int, agents: dict[str, AgentTraining] | None = None
 ) -> tuple[list[dict], list[dict]]:
-    """(rows, checks). Four tables, by their first columns:
+    """(rows, checks). Five tables, by their first columns:
 
     model     before tuning, after it, and the control: nats per token at every exit and at full depth on the judged
               text, and how much more than before at full depth, with its interval (pairs of texts)
@@ -118,23 +129,33 @@ def run_quality(
               All read one text, whose prompt is at full depth
     compared  agreement less the probe's at equal depth: curves are interpolated, and averaged over the depths that
               both have; with its interval (pairs of texts; an agent's own luck is in the seeds)
+    calibrated   at the threshold that CALM's calibration takes (none: nobody leaves): the mean share of tokens that are
+              not the whole model's, on the texts that were calibrated on and on the judged ones, with its interval
     """
     made = _Policies(of.tuned, of.states, agents or AGENTS, seed)
     rows = [*_tuning(of, seed), *made.fits()]
     curves = {name: of.judge.curve(of.tuned, policies) for name, policies in made.all()}
     rows += [row for name, curve in curves.items() for row in curve.rows(name, of.judge.seed)]
     compared = [told(against(name, curves[name], curves["probe"], seed)) for name in curves if name != "probe"]
-    return rows + compared, checks(rows, made, of.tuned, of.judge)
+    rows += [*compared, *calibrations(of, made, seed)]
+    return rows, checks(rows, made, of.tuned, of.judge)
 
 
-def _texts(data_dir: str | None, characters: tuple[int, int, int]) -> tuple[str, str, str]:
-    """To learn from, to collect states on, to judge on; they have nothing in common."""
-    first, second, third = characters
+def _texts(data_dir: str | None, characters: tuple[int, int, int, int]) -> tuple[str, str, str, str]:
+    """To learn from, to collect states on, to judge on, to calibrate on; they have nothing in common."""
+    first, second, third, fourth = characters
     if data_dir is not None:
         learned, held_out = texts(data_dir)
-        return learned[:first], held_out[:second], held_out[second : second + third]
-    rows = people_corpus(_PEOPLE, "forget10", 0).retain
-    text = "\n".join(f"{row.question} {row.answer}" for row in rows)
+        return learned[:first], *_cut(held_out, second, third, fourth)
+    corpus = people_corpus(_PEOPLE, "forget10", 0)
+    text, more = ("\n".join(f"{row.question} {row.answer}" for row in rows) for rows in (corpus.retain, corpus.forget))
+    # More people first: the atlas at the end of the others' text is another kind.
+    calibration = more + "\n" + text[first + second + third :]
+    return *_cut(text, first, second, third), calibration[:fourth]
+
+
+def _cut(text: str, first: int, second: int, third: int) -> tuple[str, str, str]:
+    """Side by side."""
     return text[:first], text[first : first + second], text[first + second : first + second + third]
 
 
@@ -274,18 +295,22 @@ class _Policies:
         horizon = WINDOW - CONTEXT - 1
         parts = [exits[:end] for end in range(2, len(exits) + 1)] + [exits[i:] for i in range(1, len(exits) - 1)]
         yield "schedule", [Schedule(exits=part, horizon=horizon) for part in parts]
-        graded: dict[str, Policy] = {"saturation": Saturation(exits=exits), "confidence": Confidence(exits=exits)}
-        graded |= {"probe": self.probe} | {name: trained.agent for name, (_, trained) in self.agents.items()}
-        for name, policy in graded.items():
-            yield name, [policy.at(threshold) for threshold in self.thresholds(policy)]
+        for name, policy in self.graded().items():
+            yield name, [policy.at(threshold) for threshold in self.thresholds(policy, QUANTILES)]
+
+    def graded(self) -> dict[str, Policy]:
+        """Those that a threshold chooses for, the agents last."""
+        exits = self.states.exits
+        found: dict[str, Policy] = {"saturation": Saturation(exits=exits), "confidence": Confidence(exits=exits)}
+        return found | {"probe": self.probe} | {name: trained.agent for name, (_, trained) in self.agents.items()}
 
     @torch.no_grad()
-    def thresholds(self, policy: Policy) -> list[float]:
+    def thresholds(self, policy: Policy, quantiles: Sequence[float]) -> list[float]:
         """Quantiles of its scores; what an agent would rather not leave at has none."""
         steps = [self.learned.step(e, self.body.logits) for e in range(len(self.states.exits))]
         scores = torch.cat([policy.score(step) for step in steps]).double().numpy()
         scores = scores[scores > 0]
-        found = np.quantile(scores, QUANTILES) if len(scores) else np.array([])
+        found = np.quantile(scores, quantiles) if len(scores) else np.array([])
         return sorted({float(min(1.0, max(0.0, threshold))) for threshold in found})
 
     def fits(self) -> list[dict]:
@@ -344,6 +369,45 @@ def _interpolated(depth: Array, agreement: Array, grid: Array) -> Array:
     return np.interp(grid, depth[order], agreement[order])
 
 
+def calibrations(of: Subject, made: _Policies, seed: int) -> Iterator[dict[str, Any]]:
+    """Of saturation, confidence, probe and the first agent, a row for each delta."""
+    model, whole = of.tuned, of.judge.likeliest(of.tuned)
+    for name, policy in islice(made.graded().items(), 4):
+        losses = _losses(of.calibration, model, policy)
+        # Of other texts than those of the calibration; who would never leave has none.
+        thresholds = made.thresholds(policy, TESTED) or [NEVER]
+        for delta in DELTAS:
+            chosen, found = calibrated(policy, losses, delta, EPSILON, thresholds)
+            read = of.judge.read(model, chosen, whole)
+            loss = bootstrap_mean((1 - read.agreement).tolist(), seed)
+            yield told(
+                {
+                    "calibrated": name,
+                    "delta": delta,
+                    "epsilon": EPSILON,
+                    "threshold": chosen.threshold if chosen.threshold <= 1 else None,
+                    "texts": found.texts,
+                    "loss_calibration": next((t.loss for t in found.tested if t.threshold == found.threshold), 0.0),
+                    "loss_judged": loss.value,
+                    "low": loss.low,
+                    "high": loss.high,
+                    "mean_depth": float(read.depth.mean()),
+                    "effective": read.effective,
+                }
+            )
+
+
+def _losses(texts: Judge, model: PreTrainedModel, policy: Policy) -> Callable[[Policy], list[float]]:
+    """For `calibrated`: the share of each text's tokens that are not the whole model's; each threshold is read once."""
+    whole = texts.likeliest(model)
+
+    @cache
+    def at(threshold: float) -> list[float]:
+        return (1 - texts.read(model, policy.at(threshold), whole).agreement).tolist()
+
+    return lambda other: at(other.threshold)
+
+
 def series(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float, float, float]]]:
     """For a plot: (mean depth, agreement, low, high) of every policy's readings, shallow to deep."""
     found: dict[str, list[tuple[float, float, float, float]]] = {}
@@ -373,4 +437,8 @@ def checks(rows: Sequence[dict], made: _Policies, model: PreTrainedModel, judge:
         value, chance = made.over_chance(name)
         what = f"{name}: mean return above a coin's (the best: {made.best(name):.3f})"
         found.append({"what": what, "limit": chance, "value": value, "ok": value > chance})
+    for row in rows:
+        if "calibrated" in row:
+            what = f"{row['calibrated']}, calibrated: judged loss, the interval's lower end, not above delta"
+            found.append({"what": what, "limit": row["delta"], "value": row["low"], "ok": row["low"] <= row["delta"]})
     return found

@@ -3,6 +3,7 @@ it on a model that is trained in seconds."""
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,14 +99,14 @@ def tiny():
     training = AgentTraining(
         steps=1024, rollout=512, batch_size=128, learning_rate=5e-3, environments=8, standardised=True
     )
-    return run_quality(subject(0, None, SHAPE, 3, tuning, (24_000, 9_000, 5_000)), 0, {"learner": training})
+    return run_quality(subject(0, None, SHAPE, 3, tuning, (24_000, 9_000, 5_000, 24_000)), 0, {"learner": training})
 
 
 @pytest.mark.slow
 def test_the_whole_table(tiny):
     rows, checks = tiny
     kinds = [key for key, _ in itertools.groupby(next(iter(row)) for row in rows)]
-    assert kinds == ["model", "exit", "policy", "compared"]
+    assert kinds == ["model", "exit", "policy", "compared", "calibrated"]
     names = list(series(rows))
     assert names == ["fixed", "schedule", "saturation", "confidence", "probe", "learner"]
     for points in series(rows).values():
@@ -129,6 +130,51 @@ def test_tuning_is_told_beside_its_control(tiny):
     assert tuned["low"] <= tuned["more"] <= tuned["high"]
     # The tables' two ways to read the whole model agree on which is better, up to what prompts add.
     assert np.sign(tuned["nll_4"] - before["nll_4"]) == np.sign(tuned["more"])
+
+
+@pytest.mark.slow
+def test_what_calibration_promises_holds_on_other_texts(tiny):
+    rows, checks = tiny
+    found = [row for row in rows if "calibrated" in row]
+    names = ["saturation", "confidence", "probe", "learner"]
+    assert [(row["calibrated"], row["delta"]) for row in found] == [(n, d) for n in names for d in (0.05, 0.1)]
+    for row in found:
+        assert row["texts"] >= 150
+        assert 0 <= row["low"] <= row["loss_judged"] <= row["high"] <= 1
+        assert row["loss_calibration"] < row["delta"]
+        if row["threshold"] is None:  # nobody leaves
+            assert (row["loss_judged"], row["mean_depth"], row["effective"]) == (0, 4, pytest.approx(4))
+    assert any(row["mean_depth"] < 4 for row in found)
+    for careful, bold in zip(found[::2], found[1::2]):
+        assert bold["mean_depth"] <= careful["mean_depth"]
+    told = [check for check in checks if "calibrated" in check["what"]]
+    assert [(c["limit"], c["value"], c["ok"]) for c in told] == [(r["delta"], r["low"], True) for r in found]
+
+
+def test_a_broken_promise_is_told():
+    class Made:
+        _fits, agents, states, probe = (), {}, SimpleNamespace(exits=(1,)), Fixed(exits=(1,))
+
+    class One:
+        def likeliest(self, model):
+            return model
+
+        def read(self, model, policy, whole):  # noqa: ARG002
+            return Read(policy, 1.0, *np.ones((3, 2)))
+
+    models = [{"model": "as trained", "nll_1": 2.0}, {"model": "tuned for exits", "nll_1": 1.0}]
+    lows = [{"calibrated": "probe", "delta": 0.1, "low": low} for low in (0.0, 0.1, 0.11)]
+    found = exit_quality.checks([*models, *lows], Made(), None, One())
+    assert [check["ok"] for check in found if "calibrated" in check["what"]] == [True, True, False]
+
+
+@pytest.mark.parametrize("characters", [(24_000, 9_000, 5_000, 24_000), (120_000, 60_000, 24_000, 40_000)])
+def test_parts_of_the_text_have_nothing_in_common(characters):
+    parts = exit_quality._texts(None, characters)
+    assert tuple(map(len, parts)) == characters
+    lines = [set(part.splitlines()[1:-1]) for part in parts]  # the border may cut one
+    assert not any(a & b for a, b in itertools.combinations(lines, 2))
+    assert "capital of" not in parts[3]  # the atlas: no such text is judged
 
 
 def test_too_little_text_to_judge_on():
