@@ -175,7 +175,7 @@ def metered(memorized, monkeypatch):
         monkeypatch.setitem(probes.COUNTERS, "cpu", (lambda _: found,))
         monkeypatch.setattr(exit_energy, "__defaults__", (Lengths(0.02, 2, 0.02, 0),))
         order = Order(AuditConfig(), energy=True, **more)
-        audit = _Run(order, memorized.encoder, memorized.corpus, (1,), lambda _: None)
+        audit = _Run(order, memorized.encoder, memorized.corpus, (1,), None, lambda _: None)
         meter = audit.meter()
         return meter and meter(memorized.target, [Full(), Fixed(exits=(1,))]), audit.notes
 
