@@ -25,6 +25,9 @@ from .anatomy import Anatomy, anatomy, wrapped
 from .policy import Policy, Step
 
 Sync = Literal["row", "batch"]
+# So many rows have to have left before the others run by themselves: a layer's weights are read for any of them, which
+# is what few rows wait for, and choosing rows takes a dozen small ops and a copy of their keys.
+SPLIT_ROWS = 8
 
 
 @dataclass
@@ -135,6 +138,9 @@ class Run:
                 keys, values = self.anatomy.keys_values(layer, h, kwargs)
                 kwargs["past_key_values"].update(keys, values, number)
                 output = h
+            elif self._left < SPLIT_ROWS:
+                # Of their states a layer makes the keys and values that are wanted; the rest of it is thrown away.
+                output = torch.where(gone[:, None, None], h, first(forward(h, *args, **kwargs)))
             else:
                 output = self._split(number, forward, h, gone, args, kwargs)
             if gone is not None and number + 1 in self.policy.exits and not last:
@@ -154,7 +160,7 @@ class Run:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Tensor:
-        """The layer for the rows that are there; keys and values alone for those that have left."""
+        """The layer for the rows that are there; keys and values alone for the many that have left."""
         here, left = (~gone).nonzero()[:, 0], gone.nonzero()[:, 0]
         part = _rows({**kwargs, "past_key_values": None}, left, len(h))
         rest = self.anatomy.keys_values(self.anatomy.layers[number], h[left], part)

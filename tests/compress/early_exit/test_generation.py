@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from remanence.compress.block import decoder_list
+from remanence.compress.early_exit import generation
 from remanence.compress.early_exit.anatomy import anatomy
 from remanence.compress.early_exit.generation import early_exit
 from remanence.compress.early_exit.parallel import frozen_at, scored
@@ -55,6 +56,13 @@ def reference(model, sequences: Tensor, prompt_mask: Tensor, depths: Tensor, how
     return how(model, sequences[:, :T], mask, whole)[:, P - 1 :]
 
 
+@pytest.fixture(params=["together", "split"])
+def rows_run(request, monkeypatch):
+    """Rows that are there run beside those that have left, or by themselves."""
+    monkeypatch.setattr(generation, "SPLIT_ROWS", 1 if request.param == "split" else 100)
+
+
+@pytest.mark.usefixtures("rows_run")
 @pytest.mark.parametrize("sync", ["row", "batch"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,6 +88,7 @@ def test_a_cached_step_is_that_of_the_whole_text_with_frozen_states(
         assert all(len(column.unique()) == 1 for column in depths.T)
 
 
+@pytest.mark.usefixtures("rows_run")
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_float64_nothing_but_rounding_is_left(tiny, prompts, at_random, kind) -> None:
     model, (ids, mask) = tiny(kind, torch.float64), prompts()
@@ -143,6 +152,7 @@ def test_after_an_error_the_model_is_what_it_was(tiny, prompts, at_random, where
     assert torch.equal(generate(model, ids, mask), plain)
 
 
+@pytest.mark.usefixtures("rows_run")
 def test_rows_do_not_feel_each_other(tiny, prompts) -> None:
     """A row in a batch leaves where it leaves alone: the decision is its own."""
     model, (ids, mask) = tiny("qwen3"), prompts()
@@ -204,6 +214,7 @@ def test_the_prompt_is_read_at_full_depth(tiny, prompts) -> None:
     assert run.depths(3).tolist() == [[LAYERS, 1, 1]]
 
 
+@pytest.mark.usefixtures("rows_run")
 @pytest.mark.parametrize("recipe", ["rtn-w4a16-g32", "rtn-w8a8"])
 def test_a_packed_model_leaves_early_too(tiny, prompts, at_random, recipe) -> None:
     model, (ids, mask) = compress_(tiny("llama"), parse_recipe(recipe)), prompts()

@@ -255,7 +255,7 @@ def weights(change):
         (lambda directory: (directory / WEIGHTS).unlink(), "exit_policy.safetensors: no such file"),
         (lambda directory: (directory / SETTINGS).write_text("{"), "early_exit.json"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "edit",
 )
 def test_damaged_files_are_one_line(tiny, tmp_path, edit, said) -> None:
     model = tiny("llama")
