@@ -17,6 +17,7 @@ from ..compress.early_exit.cost import costs
 from ..compress.early_exit.draft import Drafted, draft_and_verify
 from ..compress.early_exit.generation import Run, Sync, early_exit
 from ..compress.early_exit.policy import Fixed, Full, Policy
+from .exit_gold import Drawn
 
 REPEATS, WARM = 5, 1
 # Random weights, so many that memory is waited for: 600 MB in float32.
@@ -141,13 +142,16 @@ def serving(
 
 
 def run_large(seed: int, batches: Sequence[int] = (1, 8), new: int = 24) -> Iterator[dict[str, Any]]:
-    """What layers left out save where weights come from memory: random weights, so that no quality is told."""
+    """What layers left out save where weights come from memory: random weights, so that no quality is told. In a batch
+    rows leave at depths drawn at random, too."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(LARGE, dtype=torch.float32).eval()
     layers = LARGE.num_hidden_layers
     for batch in batches:
         ids = torch.randint(1, LARGE.vocab_size, (batch, 32), generator=torch.Generator().manual_seed(seed))
         ways = [Served(Full()), *(Served(Fixed(exits=(layers * part // 4,))) for part in (1, 2, 3))]
+        drawn = Drawn(exits=tuple(range(1, layers)), threshold=0.85, generator=torch.Generator().manual_seed(seed))
+        ways += [Served(drawn), Served(drawn, "batch")] if batch > 1 else []
         for row in speed_rows(model, ids, torch.ones_like(ids), ways, new, 3):
             del row["agreement"], row["acceptance"]
             yield {"model": f"Llama, {layers} layers, {LARGE.hidden_size} wide, random", **row}
