@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..compress.early_exit.draft import draft_and_verify
 from ..compress.early_exit.policy import Confidence, Fixed, Policy, Saturation, Schedule
+from ..compress.early_exit.states import left_padded
 from ..unlearn.catalog import settings
 from ..unlearn.data import QA, Corpus, EvalSet
 from ..unlearn.demo import DemoConfig, demo_tokenizer, train_demo
@@ -27,7 +28,6 @@ from ..unlearn.layers import decoder_layers
 from ..unlearn.methods import unlearn
 from ..unlearn.people import people_corpus
 from .exit_audit import exit_document, leak_rows, measure_exits, swept, tuning_rows, verdict_rows
-from .generation import left_padded
 from .w4a4 import TUNED
 
 METHODS = ("npo", "rmu")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compress.early_exit.states import left_padded
 from ..unlearn.data import QA
 from ..unlearn.encode import Encoder, pad_id
 from ..unlearn.inference.guarded import Guarded
@@ -113,11 +113,3 @@ def _said(encoder: Encoder, answer: str) -> str:
 def room(encoder: Encoder, prompts: Sequence[list[int]], most: int) -> int:
     """New tokens that the model has positions for after the longest prompt, `most` at most, 1 at least."""
     return max(1, min(most, encoder.max_length - max(len(prompt) for prompt in prompts)))
-
-
-def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [B, T] int64."""
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask

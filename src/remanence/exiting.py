@@ -342,7 +342,7 @@ def generate(model: str, asked: Asked, energy: Energy | None = None) -> dict[str
 
 
 def _padded(encoder: Encoder, asked: Asked) -> tuple[Tensor, Tensor]:
-    from .bench.generation import left_padded
+    from .compress.early_exit.states import left_padded
     from .unlearn.encode import pad_id
 
     found = [list(encoder.tokenizer(prompt)["input_ids"]) for prompt in asked.prompts]
