@@ -142,7 +142,11 @@ def test_readme_is_finished_and_names_commands_that_exist():
     assert verbs >= {"audit", "compress", "doctor", "bench"}
     from remanence.cli import app
 
-    assert verbs <= {command.callback.__name__ for command in app.registered_commands}
+    groups = {group.name: group.typer_instance for group in app.registered_groups}
+    assert verbs <= {command.callback.__name__ for command in app.registered_commands} | groups.keys()
+    for name, group in groups.items():
+        inside = {command.callback.__name__ for command in group.registered_commands}
+        assert set(re.findall(rf"^remanence {name} (\w+)", text, flags=re.M)) == inside
 
 
 def test_names_kept_apart_from_their_tables_agree_with_them():
