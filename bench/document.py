@@ -118,14 +118,7 @@ def _cell(
     measured = cell.measured
     return {
         **head,
-        "verdict": judgement.verdict,
-        "reason": judgement.reason,
-        "unforgotten": judgement.unforgotten,
-        "recovered_share": {**asdict(judgement.recovered), "of": judgement.recovered_of},
-        "known_share": asdict(judgement.known) if judgement.known else None,
-        "kept_share": asdict(judgement.kept) if judgement.kept else None,
-        "p_returned": judgement.p_returned,
-        "p_held": judgement.p_held,
+        **judgement.as_json(),
         **figures(corpus, measured, oracle.measured if oracle else None, seed),
         "update_survival": (measured["update_survival"] or {}).get("total"),
         "size_bytes": measured["size_bytes"],

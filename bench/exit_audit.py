@@ -44,7 +44,7 @@ from .forgetting import Scores, evaluate, verbatim
 from .statistics import TAIL, Draws, Interval, bootstrap_mean, mean_draws, share_draws
 from .tofu import VARIANTS, mean, model_utility
 from .tokens import Answer, answers
-from .verdict import MIN_GAP, Evidence, Judgement, Words, judge
+from .verdict import MIN_GAP, Evidence, Words, judge
 
 FULL = "full"
 EXITS = Words("leaving early", "policy")
@@ -241,7 +241,7 @@ def _cells(corpus: Corpus, name: str, measured: Mapping[str, Mapping[str, Any]],
     return [
         {
             **{key: cell[key] for key in ("label", "policy", "threshold", "settings")},
-            **_judged(judgement),
+            **judgement.as_json(),
             **_figures(corpus, cell, seed),
             "rest": asdict(bootstrap_mean(cell["rest"], seed)),
             "rest_share": _share(cell["rest"], ours[0]["rest"], base["rest"], seed),
@@ -249,19 +249,6 @@ def _cells(corpus: Corpus, name: str, measured: Mapping[str, Mapping[str, Any]],
         }
         for cell, base, judgement in zip(ours, target, judge(evidence, seed, EXITS), strict=True)
     ]
-
-
-def _judged(found: Judgement) -> dict[str, Any]:
-    return {
-        "verdict": found.verdict,
-        "reason": found.reason,
-        "unforgotten": found.unforgotten,
-        "recovered_share": {**asdict(found.recovered), "of": found.recovered_of},
-        "known_share": asdict(found.known) if found.known else None,
-        "kept_share": asdict(found.kept) if found.kept else None,
-        "p_returned": found.p_returned,
-        "p_held": found.p_held,
-    }
 
 
 def _figures(corpus: Corpus, cell: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -318,7 +305,7 @@ def _tuning(name: str, measured: Mapping[str, Mapping[str, Any]], seed: int) -> 
     ]
     return {
         kind: {
-            **_judged(judgement),
+            **judgement.as_json(),
             "forget_before": mean(ours["untuned"]["forget"]),
             "forget": mean(ours[kind]["forget"]),
             "retain": mean(ours[kind]["retain"]),

@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..compress.decoding import left_padded
 from ..compress.early_exit.draft import draft_and_verify
 from ..compress.early_exit.policy import Confidence, Fixed, Policy, Saturation, Schedule
-from ..compress.early_exit.states import left_padded
 from ..unlearn.catalog import settings
 from ..unlearn.data import QA, Corpus, EvalSet
 from ..unlearn.demo import DemoConfig, demo_tokenizer, train_demo

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ..backends.device import device
+from ..compress.decoding import plain_settings
 from ..compress.early_exit.cost import costs
 from ..compress.early_exit.draft import Drafted, draft_and_verify
 from ..compress.early_exit.generation import Run, Sync, early_exit
@@ -122,23 +123,19 @@ def serving(
     """Inside the block: a call that answers the prompts by `new` tokens each, greedily and without an end, whatever the
     model's own settings say; sequences [B, P + new], and what happened. The look at the model is done before."""
     network: Any = model
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
 
     def drafted() -> tuple[Tensor, Drafted]:
         assert way.drafting is not None
         found = draft_and_verify(model, ids, mask, way.drafting, max_new_tokens=new, drafts=way.drafts)
         return found.sequences, found
 
-    try:
+    with plain_settings(model):
         if way.drafting is not None:
             yield drafted
             return
         with early_exit(model, way.policy, way.sync) as run:
             asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new}
             yield lambda: (network.generate(**asked, do_sample=False, pad_token_id=0), run)
-    finally:
-        model.generation_config = own
 
 
 def run_large(seed: int, batches: Sequence[int] = (1, 8), new: int = 24) -> Iterator[dict[str, Any]]:

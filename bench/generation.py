@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compress.early_exit.states import left_padded
+from ..compress.decoding import left_padded, plain_settings
 from ..unlearn.data import QA
 from ..unlearn.encode import Encoder, pad_id
 from ..unlearn.inference.guarded import Guarded
@@ -33,9 +33,7 @@ def greedy(
         raise ValueError(f"prompts: number {[bool(p) for p in prompts].index(False)} has no tokens")
     network: Any = model  # transformers types generate as what may be a tensor
     found: list[list[int]] = [[]] * len(prompts)
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
+    with plain_settings(model):
         for chosen in by_length([len(p) for p in prompts], batch_size):
             ids, mask = left_padded([prompts[i] for i in chosen], pad_id(tokenizer))
             with torch.no_grad():
@@ -50,8 +48,6 @@ def greedy(
                 )
             for i, tokens in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
                 found[i] = _before_end(tokens, tokenizer.eos_token_id)
-    finally:
-        model.generation_config = own
     return found
 
 

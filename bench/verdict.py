@@ -11,8 +11,8 @@ A model that never forgot has nothing to give back: it is `unforgotten`, which i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from .statistics import TAIL, Draws, Interval, holm, mean_draws, share_draws
 
@@ -67,6 +67,19 @@ class Judgement:
     kept: Interval | None
     p_returned: float
     p_held: float
+
+    def as_json(self) -> dict[str, Any]:
+        """As cells of a document have it."""
+        return {
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "unforgotten": self.unforgotten,
+            "recovered_share": {**asdict(self.recovered), "of": self.recovered_of},
+            "known_share": asdict(self.known) if self.known else None,
+            "kept_share": asdict(self.kept) if self.kept else None,
+            "p_returned": self.p_returned,
+            "p_held": self.p_held,
+        }
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from scipy.stats import binom
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..decoding import left_padded, plain_settings
 from .generation import Sync, early_exit
 from .policy import NEVER, Full, Policy
-from .states import left_padded
 
 # From the most careful on; of scores between 0 and 1.
 THRESHOLDS = tuple(round(1 - i / 20, 2) for i in range(21))
@@ -153,9 +153,8 @@ def _texts(
     sync: Sync,
 ) -> list[list[int]]:
     network: Any = model
-    own, found = model.generation_config, []
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
-    try:
+    found: list[list[int]] = []
+    with plain_settings(model, eos_token_id=end, pad_token_id=pad):
         for start in range(0, len(prompts), batch_size):
             ids, mask = (t.to(model.device) for t in left_padded(prompts[start : start + batch_size], pad))
             with early_exit(model, policy, sync):
@@ -163,8 +162,6 @@ def _texts(
                     input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1
                 )
             found += text[:, ids.shape[1] :].tolist()
-    finally:
-        model.generation_config = own
     return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in found]
 
 

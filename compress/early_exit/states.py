@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..block import first
+from ..decoding import left_padded, plain_settings
 from .anatomy import Anatomy, anatomy
 from .policy import Policy, Step
 
@@ -149,14 +150,6 @@ def collect(
     return States(exits, body.depth, **{name: tensor[by] for name, tensor in tensors.items()})
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [B, T] int64."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
 def _rollout(
     model: PreTrainedModel,
     body: Anatomy,
@@ -170,21 +163,16 @@ def _rollout(
 ) -> dict[str, Tensor]:
     """The fields of States for one batch [B, T]."""
     network: Any = model
-    own = model.generation_config
-    model.generation_config = GenerationConfig()  # greedy, whatever the model's own say
-    try:
-        with _watched(body, exits) as seen:
-            text = network.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=end,
-                pad_token_id=pad,
-            )
-    finally:
-        model.generation_config = own
+    with plain_settings(model), _watched(body, exits) as seen:
+        text = network.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
     said = text[:, ids.shape[1] :].cpu()  # [B, S]
     ended = (said == (-1 if end is None else end)).cumsum(1) > 0
     state, before, guess = ([torch.stack([c[i] for c in at], 1) for at in _calls(seen, exits)] for i in range(3))

@@ -237,7 +237,7 @@ class _Run:
         from .bench.exit_audit import label
         from .bench.exit_energy import exit_energy, told
         from .bench.exit_speed import Served
-        from .compress.early_exit.states import left_padded
+        from .compress.decoding import left_padded
         from .unlearn.encode import pad_id
 
         machine = device("cpu")

@@ -342,7 +342,7 @@ def generate(model: str, asked: Asked, energy: Energy | None = None) -> dict[str
 
 
 def _padded(encoder: Encoder, asked: Asked) -> tuple[Tensor, Tensor]:
-    from .compress.early_exit.states import left_padded
+    from .compress.decoding import left_padded
     from .unlearn.encode import pad_id
 
     found = [list(encoder.tokenizer(prompt)["input_ids"]) for prompt in asked.prompts]
@@ -356,18 +356,15 @@ def _padded(encoder: Encoder, asked: Asked) -> tuple[Tensor, Tensor]:
 
 def _texts(model: PreTrainedModel, encoder: Encoder, way: Any, ids: Tensor, mask: Tensor, new: int) -> list[str]:
     """What follows each prompt, up to the end of sequence."""
-    from transformers import GenerationConfig
-
+    from .compress.decoding import plain_settings
     from .compress.early_exit.draft import draft_and_verify
     from .compress.early_exit.generation import early_exit
     from .unlearn.encode import pad_id
 
-    own = model.generation_config
-    ends = _ends(own.eos_token_id, encoder.tokenizer.eos_token_id)
+    ends = _ends(model.generation_config.eos_token_id, encoder.tokenizer.eos_token_id)
     pad = pad_id(encoder.tokenizer)
     # Greedy for all, whatever penalties and samples the model's own settings ask for.
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    try:
+    with plain_settings(model, eos_token_id=ends, pad_token_id=pad):
         if way.drafting is not None:
             options = {"max_new_tokens": new, "drafts": way.drafts, "eos_token_id": ends, "pad_token_id": pad}
             sequences = draft_and_verify(model, ids, mask, way.drafting, **options).sequences
@@ -375,8 +372,6 @@ def _texts(model: PreTrainedModel, encoder: Encoder, way: Any, ids: Tensor, mask
             network: Any = model
             with early_exit(model, way.policy, way.sync):
                 sequences = network.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
-    finally:
-        model.generation_config = own
     return [text.strip() for text in encoder.tokenizer.batch_decode(sequences[:, ids.shape[1] :], True)]
 
 
