@@ -111,10 +111,13 @@ def load_nf4(path: Path | str, device: torch.device | str = "cpu") -> PreTrained
     return model
 
 
-def skeleton(path: Path | str) -> PreTrainedModel:
+def skeleton(path: Path | str, compressed: bool = False) -> PreTrainedModel:
     """The dense model at `path` without its weights (on the meta device): names and shapes of its layers.
 
-    Raises FileNotFoundError for a missing directory, ValueError for a model that is compressed already.
+    compressed   take a compressed one too, as it was before
+
+    Raises FileNotFoundError for a missing directory, ValueError for a model that is compressed already, and for a
+    config that cannot be read.
     """
     directory = local_model(path)
     if directory is None:
@@ -124,8 +127,10 @@ def skeleton(path: Path | str) -> PreTrainedModel:
         with _readable(directory):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"{path}: is compressed already; expected a dense model, which is compressed here")
-    with torch.device("meta"):
+        if not compressed:
+            raise ValueError(f"{path}: is compressed already; expected a dense model, which is compressed here")
+        del config.quantization_config
+    with torch.device("meta"), _readable(Path(path)):
         return AutoModelForCausalLM.from_config(config)
 
 

@@ -143,6 +143,15 @@ def has_fused_experts(module: nn.Module) -> bool:
     return any(_is_fused(part) for part in module.modules())
 
 
+def fused_experts(module: nn.Module) -> dict[str, int]:
+    """Name of every fused experts module in there -> how many experts it has."""
+    return {
+        name: max(part.parameters(recurse=False), key=Tensor.dim).shape[0]
+        for name, part in module.named_modules()
+        if _is_fused(part)
+    }
+
+
 def unfuse_experts_(model: nn.Module) -> list[str]:
     """Replace every fused experts module by an ExpertList, in place, also on the meta device. Returns their names.
 

@@ -1,0 +1,120 @@
+"""What a pass of a model asks of a device: operations and bytes, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["linear", "attention", "experts", "embedding", "other"]
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one module does by itself in one pass, its children apart.
+
+    module        full name; "": the model itself
+    kind          what it is
+    flops         floating-point operations of its products (a product and its sum are two)
+    compute       kind of numbers that these are computed in, as in backends/ceilings.py
+    kept          how its weights are kept, as ceilings name it: "bfloat16", "w4a16"
+    sparse        whether its weights are 2:4 and multiplied as such
+    weight_bytes  of weights, each once, as they are kept; of experts those that the tokens are expected to meet
+    kv_read, kv_written   bytes of keys and values: of every position in reach once; of the new ones
+    activation_bytes      what goes into its products and comes out, weights, keys and values apart; the rows of an
+                  embedding
+    rows          of inputs that its products were given
+    touched       numbers that ops other than products go over
+    eager_bytes   what all its ops read and write one by one, views apart
+    ops           how many of them there are
+    """
+
+    module: str
+    kind: Kind
+    compute: str
+    kept: str
+    flops: float = 0.0
+    sparse: bool = False
+    weight_bytes: float = 0.0
+    kv_read: float = 0.0
+    kv_written: float = 0.0
+    activation_bytes: float = 0.0
+    rows: int = 0
+    touched: float = 0.0
+    eager_bytes: float = 0.0
+    ops: int = 0
+
+    @property
+    def kv_bytes(self) -> float:
+        return self.kv_read + self.kv_written
+
+    @property
+    def bytes(self) -> float:
+        """What must be moved at least: weights, keys and values once, and what products take and give."""
+        return self.weight_bytes + self.kv_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class Uncounted:
+    """An op whose work is not known: how often it ran, and in which modules."""
+
+    op: str
+    count: int
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the attention of one module keeps of every token.
+
+    keys, values  numbers, of all heads together
+    width         of a head's value
+    itemsize      bytes of a number
+    window        of tokens beyond which keys are not seen; None: none
+    """
+
+    module: str
+    keys: int
+    values: int
+    width: int
+    itemsize: int
+    window: int | None
+
+    def bytes(self, tokens: int) -> int:
+        """Of keys and values of the last `tokens` of one sequence, as far as they are in reach."""
+        seen = tokens if self.window is None else min(tokens, self.window)
+        return seen * (self.keys + self.values) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass: `tokens` new ones of each of `batch` sequences, after `context` that are in the cache.
+
+    parts       in the order in which they first ran
+    cached      bytes of all that is in the cache after it: keys and values, or the state of a recurrent layer
+    workspace   most bytes of activations at once, with attention that keeps no scores, cached keys and values apart
+    uncounted, assumed   ops whose work is not known, and values that only a real run would know, in words
+    """
+
+    phase: Phase
+    batch: int
+    tokens: int
+    context: int
+    parts: tuple[Part, ...]
+    attention: tuple[Attention, ...] = ()
+    cached: int = 0
+    workspace: int = 0
+    uncounted: tuple[Uncounted, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    def total(self, name: str) -> float:
+        """The sum of one number of the parts: "flops", "bytes", "weight_bytes", ..."""
+        return sum(getattr(part, name) for part in self.parts)
+
+    def by_module(self) -> Mapping[str, Part]:
+        return {part.module: part for part in self.parts}
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Of keys and values of `tokens` tokens of every sequence."""
+        return self.batch * sum(each.bytes(tokens) for each in self.attention)
