@@ -1,0 +1,98 @@
+"""How long a pass takes at least, and about how long it will take: work held against what a device gives.
+
+The *floor* of a part is the longer of two times: its products at the ceiling of the numbers they are computed in, and
+its ideal bytes at the ceiling of the memory (Williams et al. 2009, doi 10.1145/1498765.1498785). Parts follow one
+another, so a pass takes their sum. An op that is no product has no floor: a kernel could do it on the way.
+
+The *estimate* is about this package and torch's own kernels as they run op by op: products at the rates that were
+measured with one row and with many, all other ops at what they read and write, and for every op what starting it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...backends.ceilings import Ceilings, Rate
+from .work import Part, Step
+
+# Where a device has no such numbers, what it takes in their place.
+_NEXT = {
+    "int4": "int8",
+    "int8": "float16",
+    "float8": "bfloat16",
+    "float64": "float32",
+    "bfloat16": "float16",
+    "float16": "float32",
+}
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one part: at the ceiling of arithmetic, and of memory. compute: the numbers whose ceiling it is."""
+
+    compute_s: float
+    memory_s: float
+    compute: str
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_s, self.memory_s)
+
+    @property
+    def bound(self) -> str:
+        return "compute" if self.compute_s > self.memory_s else "memory"
+
+
+def ceiling(compute: str, ceilings: Ceilings) -> tuple[str, Rate]:
+    """(kind, rate) of the numbers that products of kind `compute` are computed in: its own, or what the device has in
+    their place. ValueError where it has nothing."""
+    kind = compute
+    while kind not in ceilings.compute:
+        if kind not in _NEXT:
+            raise ValueError(f"device: {ceilings.device} has no known ceiling for {compute}")
+        kind = _NEXT[kind]
+    return kind, ceilings.compute[kind]
+
+
+def replaced(steps: Sequence[Step], ceilings: Ceilings) -> dict[str, str]:
+    """Kinds of numbers that the device has not, and what is reckoned in their place."""
+    kinds = {part.compute for step in steps for part in step.parts if part.flops}
+    return {kind: taken for kind in sorted(kinds) if (taken := ceiling(kind, ceilings)[0]) != kind}
+
+
+def floor(part: Part, ceilings: Ceilings) -> Time:
+    """Of one part."""
+    kind, rate = ceiling(part.compute, ceilings)
+    faster = ceilings.sparse24 if part.sparse else 1.0
+    return Time(part.flops / (rate.value * faster), part.bytes / ceilings.memory.value, kind)
+
+
+def floor_s(step: Step, ceilings: Ceilings) -> float:
+    """Seconds that the pass takes at least."""
+    return sum(floor(part, ceilings).seconds for part in step.parts)
+
+
+def memory_share(step: Step, ceilings: Ceilings) -> float:
+    """Of the floor, in parts that memory bounds."""
+    times = [floor(part, ceilings) for part in step.parts]
+    whole = sum(time.seconds for time in times)
+    return sum(time.seconds for time in times if time.bound == "memory") / whole if whole else 1.0
+
+
+def estimate_s(step: Step, ceilings: Ceilings) -> float | None:
+    """Seconds that the pass will take about; None: nothing was measured that would tell."""
+    if ceilings.launch is None:
+        return None
+    return sum(_estimated(part, ceilings) + part.ops * ceilings.launch.value for part in step.parts)
+
+
+def _estimated(part: Part, ceilings: Ceilings) -> float:
+    memory = ceilings.memory.value
+    if part.kind not in ("linear", "experts"):
+        return floor(part, ceilings).compute_s + part.eager_bytes / memory
+    kept = part.kept if part.kept in ceilings.gemv else ""
+    many = ceilings.products.get(kept) or ceiling(part.compute, ceilings)[1]
+    few = ceilings.gemv[kept].value if kept else memory
+    beside = max(0.0, part.eager_bytes - part.weight_bytes)
+    return max(part.flops / many.value, part.weight_bytes / few) + beside / memory
