@@ -219,7 +219,7 @@ def _modules(console: Console, phase: Record) -> None:
         rows.append(("in no module: launches, waiting", *[""] * 7, si(left, "s"), share, ""))
     heads = ("module", "!count", "?kind", "?numbers", "?!FLOP", "?!bytes", "?bound", "!floor", "!measured", "!share")
     _say(console, "")
-    _say(console, named(phase), "bold")
+    _say(console, f"{named(phase)}: shares of the {'measured time' if by == 'measured_s' else 'floor'}", "bold")
     _print(console, (*heads, "!attained"), rows)
 
 

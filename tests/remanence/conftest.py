@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 32, 4096, 11008, 32000
-MEMORY, PEAK, LAUNCH = 4.8e12, 989.5e12, 2.1e-6
+MEMORY, PEAK, LAUNCH = 4.37e12, 712e12, 2.1e-6
 
 
 def rate(value: float, spread: float | None = None, quoted: bool = False) -> dict[str, Any]:
@@ -16,11 +16,11 @@ def rate(value: float, spread: float | None = None, quoted: bool = False) -> dic
 
 def device(measured: bool) -> dict[str, Any]:
     spread = 0.012 if measured else None
-    kinds = {"float32": 67e12, "bfloat16": PEAK, "float16": PEAK, "float8": 1979e12, "int8": 1979e12}
+    kinds = {"float32": 48e12, "bfloat16": PEAK, "float16": PEAK, "float8": 2 * PEAK, "int8": 2 * PEAK}
     return {
         "device": "NVIDIA H200", "name": "H200", "kind": "cuda" if measured else "sheet", "dense": True,
-        "memory": rate(MEMORY * (0.91 if measured else 1), spread),
-        "compute": {kind: rate(value * (0.72 if measured else 1), spread) for kind, value in kinds.items()},
+        "memory": rate(MEMORY, spread),
+        "compute": {kind: rate(value, spread) for kind, value in kinds.items()},
         "gemv": {"w4a16": rate(2.9e12, 0.02)} if measured else {},
         "products": {"w4a16": rate(310e12, 0.03)} if measured else {},
         "launch": rate(LAUNCH, 0.05) if measured else None,
