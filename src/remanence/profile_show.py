@@ -189,7 +189,7 @@ def _modules(console: Console, phase: Record) -> None:
     named_ones, others = modules[:MODULES], modules[MODULES:]
     if len(others) == 1:
         named_ones, others = modules, []
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             printable(module["module"]),
             str(module["count"]),
