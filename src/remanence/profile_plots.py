@@ -107,7 +107,7 @@ def roofline_plot(profile: Record) -> Markup:
         key.append(("disc", "key full", "measured"))
     body += _heading(profile, [*key, ("dot", "key", "kinds of modules")] if parts else key)
     title = f"Roofline of {printable(profile['model'])} on {printable(device['device'])}: {len(passes)} passes."
-    told = "; ".join(f"{named(phase)}: {_told(phase)}" for phase in phases)
+    told = "; ".join(printable(f"{named(phase)}: {_told(phase)}") for phase in phases)
     return drawing(WIDTH, BOTTOM + 48, title, [tag("desc", f"Hollow marks are floors. {told}."), *body])
 
 
@@ -168,7 +168,7 @@ def _spot(each: Record, phase: str, name: str) -> Spot | None:
     if not (each["flops"] and each["bytes"] and each["floor_s"]):
         return None
     reached = each["flops"] / each["measured_s"] if each["measured_s"] else None
-    return Spot(phase, name, each["flops"] / each["bytes"], each["flops"] / each["floor_s"], reached)
+    return Spot(printable(phase), name, each["flops"] / each["bytes"], each["flops"] / each["floor_s"], reached)
 
 
 def _parts(phase: Record) -> list[Spot]:
@@ -179,7 +179,7 @@ def _parts(phase: Record) -> list[Spot]:
         sums = {key: sum(module[key] or 0 for module in modules) for key in ("flops", "bytes", "floor_s")}
         took = [module["measured_s"] for module in modules]
         sums["measured_s"] = 0 if None in took else sum(took)
-        spot = _spot(sums, phase["phase"], f"{kind}, batch {phase['batch']}")
+        spot = _spot(sums, phase["phase"], f"{printable(kind)}, batch {phase['batch']}")
         if spot and sums["floor_s"] >= LARGE * phase["floor_s"]:
             found.append(spot)
     return found
@@ -299,7 +299,7 @@ def _frame(x: Axis, y: Axis, across: Sequence[tuple[float, str]], below: str, be
 def _heading(profile: Record, key: Sequence[tuple[str, str, str]]) -> list[Markup]:
     """What is profiled on what, and below it what marks mean."""
     recipe = f" as {brief(profile['recipe'])}" if profile["recipe"] else ""
-    about = f"{printable(profile['model'])}{recipe} on {printable(profile['device']['device'])}"
+    about = printable(f"{profile['model']}{recipe} on {profile['device']['device']}")
     parts = [text(LEFT - 60, 16, shorten(about, 110), "name")]
     left = WIDTH - sum(LETTER * len(name) + 26 for *_, name in key)
     for shape, class_, name in key:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 
-_PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
+_PREFIXES = {-12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
 
 
 def si(value: float | None, unit: str = "") -> str:
     """13_476_000_000 with "B" is "13.5 GB"; 0.00085 with "s" is "850 µs"."""
     if value is None:
         return ""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g} {unit}".rstrip()
-    digits, _, power = f"{value:.2e}".partition("e")
-    step = min(max(int(power) // 3 * 3, min(_PREFIXES)), max(_PREFIXES))
-    over = int(power) - step
-    return f"{float(digits) * 10**over:.{max(0, 2 - over)}f} {_PREFIXES[step]}{unit}".rstrip()
+    digits, _, power = f"{value:.2e}".partition("e") if math.isfinite(value) else ("", "", "99")
+    step, over = divmod(int(power), 3)
+    if value == 0 or 3 * step not in _PREFIXES:
+        return f"{value:.3g} {unit}".rstrip()
+    return f"{float(digits) * 10**over:.{2 - over}f} {_PREFIXES[3 * step]}{unit}".rstrip()
 
 
 def figure(value: float | None) -> str:
