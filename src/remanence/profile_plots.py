@@ -160,7 +160,8 @@ def _names(passes: Sequence[Spot], parts: Sequence[Spot], x: Axis, y: Axis, labe
         if (place := (kind, round(at / 6), round(up / 6))) not in covered:
             covered.add(place)
             found += labels.place(at, up, kind, "small", 17)
-    return found
+    # Leaders first: they pass behind the names of others.
+    return sorted(found, key=lambda part: not part.startswith("<line"))
 
 
 def _spot(each: Record, phase: str, name: str) -> Spot | None:
