@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from markupsafe import Markup
@@ -114,18 +112,6 @@ def depth_plot(series: Mapping[str, Sequence[tuple[float, float, float, float]]]
     body += _key(names, TOP + HEIGHT + 62)
     title = f"Line plot: quality against mean depth for {len(series)} policies."
     return drawing(WIDTH, TOP + HEIGHT + 60 + 18 * rows, title, body)
-
-
-def standalone(picture: Markup) -> str:
-    """The picture as a file of its own, with the colours that the page gives it (light ones)."""
-    templates = Path(__file__).parent / "templates"
-    styles = "".join((templates / name).read_text(encoding="utf-8") for name in ("page.css", "exits.css"))
-    # Of the page's styles only those of drawings, and the names of colours.
-    kept = re.findall(r"(?:^:root|^svg)[^{]*\{[^}]*\}", styles, re.MULTILINE)
-    kept += re.findall(r"(?<=\} )svg [^{]*\{[^}]*\}", styles)
-    style = tag("style", Markup("\n".join(kept)))
-    head, _, rest = str(picture).partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'
 
 
 def _who(name: str, who: str) -> str:

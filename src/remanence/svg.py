@@ -102,14 +102,14 @@ class Labels:
                 u, v = math.cos(math.radians(angle)), math.sin(math.radians(angle))
                 middle, centre = x + u * (radius + width / 2), y + v * (radius + 7)
                 box = (middle - width / 2, centre - 7, middle + width / 2, centre + 7)
-                if self._free(box) and not self._mistaken(box, (x, y)):
+                if self.free(box) and not self._mistaken(box, (x, y)):
                     self.taken.append(box)
                     written = text(middle, centre + 4, name, class_, "middle")
                     near = (min(max(x, box[0]), box[2]), min(max(y, box[1] + 2), box[3] - 2))
                     return [line(x, y, *near, "leader"), written] if radius > 9 else [written]
         return []
 
-    def _free(self, box: tuple[float, float, float, float]) -> bool:
+    def free(self, box: tuple[float, float, float, float]) -> bool:
         x1, y1, x2, y2 = box
         if x1 < self.left or y1 < self.top or x2 > self.right or y2 > self.bottom:
             return False

@@ -104,14 +104,15 @@ def bench(
 def _draw(place: Path, rows: list[dict[str, Any]]) -> None:
     from ..bench.exit_quality import series
     from ..compress.files import write_text
-    from ..exit_plots import depth_plot, standalone
+    from ..exit_plots import depth_plot
+    from ..picture_files import standalone
 
     found = series(rows)
     if not found:
         say("plot: nothing to draw; it is about --parts quality")
         return
     layers = round(max(depth for points in found.values() for depth, *_ in points))
-    write_text(place, standalone(depth_plot(found, layers)))
+    write_text(place, standalone(depth_plot(found, layers), "exits.css"))
     say(f"plot: {place}")
 
 
