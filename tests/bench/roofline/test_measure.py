@@ -122,12 +122,19 @@ def test_an_empty_module_takes_nothing():
                 x = self.empty(x)
             return x
 
-    module, cost = Parent(), hook_cost()
-    assert 0 < cost.inside < 1e-3
-    assert 0 < cost.outside < 1e-3
-    rounds = [module_seconds(module, CPU, lambda: module(0)) for _ in range(9)]
+    def bare():
+        with CPU.timed() as timer:
+            module(0)
+        return timer.seconds
+
+    module = Parent()
+    cost = hook_cost()
+    whole = min(bare() for _ in range(20))
+    rounds = [module_seconds(module, CPU, lambda: module(0)) for _ in range(20)]
+    assert cost.inside > 0
     assert min(each["empty"] for each in rounds) < CALLS * cost.inside / 2
-    assert min(each[""] for each in rounds) < CALLS * cost.outside / 2 + CALLS * 1e-6
+    # Hooks and marks, left in, make it 2.1 of the whole; those around the marks alone 1.6.
+    assert 0.6 < min(each[""] for each in rounds) / whole < 1.35
     assert all(seconds >= 0 for each in rounds for seconds in each.values())
 
 
