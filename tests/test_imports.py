@@ -119,6 +119,21 @@ def test_import_loads_neither_torch_nor_transformers(tmp_path):
     assert run(code, tmp_path) == "[]"
 
 
+# A verb's options have their defaults from a configuration, which is pydantic's.
+@pytest.mark.parametrize(("verb", "light"), [([], ["pydantic"]), (["audit"], [])], ids=["all", "verb"])
+def test_help_loads_nothing_heavy(verb, light, tmp_path):
+    """It is to stand there at once: `remanence bench startup` has the seconds."""
+    heavy = ["torch", "transformers", "numpy", "scipy", *light]
+    code = (
+        f"import sys, remanence.cli; sys.argv = {['remanence', *verb, '--help']}\n"
+        "try: remanence.cli.main()\n"
+        f"finally: print([m for m in {heavy} if m in sys.modules])"
+    )
+    told, _, loaded = run(code, tmp_path).rpartition("\n")
+    assert "Usage: remanence" in told
+    assert loaded == "[]"
+
+
 def test_public_names_resolve():
     import remanence
 
