@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ...compress.experts import fused_experts
 from .counts import GATHERS, PRODUCTS, name_of, touches
-from .work import Attention, Kind, Part, Phase, Step, Uncounted
+from .work import Attention, Kind, Part, Phase, Step, Uncounted, met
 
 NAME = "remanence_walk"
+# Share of the keys and values seen, below which a cache keeps something else.
+_LATENT = 0.9
 # A value that a model reads out of a tensor: on the meta device there is none.
 _READ = "_local_scalar_dense"
 
@@ -104,6 +106,8 @@ class _Tally:
     touched: float = 0.0
     eager_bytes: float = 0.0
     ops: int = 0
+    experts: int = 0
+    chosen: int = 0
 
 
 class _Recorder(TorchDispatchMode):
@@ -150,7 +154,9 @@ class _Recorder(TorchDispatchMode):
             if name in self.experts:
                 chosen = keywords.get("top_k_index", args[1] if len(args) > 1 else None)
                 if isinstance(chosen, Tensor) and chosen.dim() == 2:
-                    self.routed[name] = _distinct(self.experts[name], *chosen.shape)
+                    tally = self.tally()
+                    tally.experts, tally.chosen = self.experts[name], chosen.shape[1]
+                    self.routed[name] = met(tally.experts, tally.chosen, chosen.shape[0])
 
         return hook
 
@@ -295,7 +301,7 @@ class _Recorder(TorchDispatchMode):
         tally.eager_bytes += _bytes(q) + read
         for kept in (k, v):
             self._forget(kept)
-        self.attention[name] = Attention(name, k.shape[1] * D, v.shape[1] * width, width, k.itemsize, window)
+        self.attention[name] = Attention(name, H * D, k.shape[1] * D, v.shape[1] * width, width, k.itemsize, window)
         return out
 
     def step(self, phase: Phase, tokens: int, context: int, cached: int) -> Step:
@@ -303,6 +309,16 @@ class _Recorder(TorchDispatchMode):
         unknown = tuple(Uncounted(op, len(where), tuple(dict.fromkeys(where))) for op, where in self.uncounted.items())
         kept = tuple(self.attention.values())
         return Step(phase, self.batch, tokens, context, parts, kept, cached, self.peak, unknown, tuple(self.assumed))
+
+
+def _with_latents(step: Step, share: float) -> Step:
+    """Of a model whose cache keeps less than its attention sees (DeepSeek's latents, from which each pass makes keys
+    and values anew): bytes as the cache has them."""
+    parts = tuple(
+        replace(part, kv_read=share * part.kv_read, kv_written=share * part.kv_written) for part in step.parts
+    )
+    said = f"the cache keeps {share:.0%} of the keys and values that attention sees: bytes are of what it keeps"
+    return replace(step, parts=parts, attention=(), assumed=(*step.assumed, said))
 
 
 def _number(dtype: torch.dtype) -> str:
@@ -327,11 +343,6 @@ def _pairs(T: int, S: int, window: int | None, causal: bool) -> int:
         return T * (first + S) // 2
     growing = max(0, min(T, window - first))  # queries that do not fill the window yet
     return growing * (2 * first + growing - 1) // 2 + (T - growing) * window
-
-
-def _distinct(experts: int, tokens: int, chosen: int) -> float:
-    """Share of the experts that `tokens` meet at least once, each choosing `chosen` of them, all of them alike."""
-    return 1 - (1 - min(1.0, chosen / experts)) ** tokens
 
 
 def _held(cache: Any) -> list[Tensor]:

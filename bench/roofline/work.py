@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["linear", "attention", "experts", "embedding", "other"]
@@ -28,6 +28,7 @@ class Part:
     touched       numbers that ops other than products go over
     eager_bytes   what all its ops read and write one by one, views apart
     ops           how many of them there are
+    experts, chosen   of experts, how many there are and how many each token goes to; 0: none
     """
 
     module: str
@@ -44,6 +45,8 @@ class Part:
     touched: float = 0.0
     eager_bytes: float = 0.0
     ops: int = 0
+    experts: int = 0
+    chosen: int = 0
 
     @property
     def kv_bytes(self) -> float:
@@ -53,6 +56,11 @@ class Part:
     def bytes(self) -> float:
         """What must be moved at least: weights, keys and values once, and what products take and give."""
         return self.weight_bytes + self.kv_bytes + self.activation_bytes
+
+
+def met(experts: int, chosen: int, tokens: float) -> float:
+    """Share of the experts that `tokens` meet at least once, each choosing `chosen` of them, all of them alike."""
+    return 1 - (1 - min(1.0, chosen / experts)) ** tokens
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,14 @@ class Uncounted:
 class Attention:
     """What the attention of one module keeps of every token.
 
-    keys, values  numbers, of all heads together
+    queries, keys, values   numbers, of all heads together; queries are not kept
     width         of a head's value
     itemsize      bytes of a number
     window        of tokens beyond which keys are not seen; None: none
     """
 
     module: str
+    queries: int
     keys: int
     values: int
     width: int
@@ -111,6 +120,31 @@ class Step:
     def total(self, name: str) -> float:
         """The sum of one number of the parts: "flops", "bytes", "weight_bytes", ..."""
         return sum(getattr(part, name) for part in self.parts)
+
+    def with_batch(self, batch: int) -> Step:
+        """The same pass of another number of sequences: all of it in proportion, but for weights, which are read once,
+        and experts, of which more sequences meet more."""
+        times = batch / self.batch
+        parts = tuple(self._scaled(part, times) for part in self.parts)
+        cached, workspace = round(times * self.cached), round(times * self.workspace)
+        return replace(self, batch=batch, parts=parts, cached=cached, workspace=workspace)
+
+    def _scaled(self, part: Part, times: float) -> Part:
+        tokens = self.batch * self.tokens
+        weights = part.weight_bytes
+        if part.experts:
+            weights *= met(part.experts, part.chosen, times * tokens) / met(part.experts, part.chosen, tokens)
+        return replace(
+            part,
+            flops=times * part.flops,
+            weight_bytes=weights,
+            kv_read=times * part.kv_read,
+            kv_written=times * part.kv_written,
+            activation_bytes=times * part.activation_bytes,
+            rows=round(times * part.rows),
+            touched=times * part.touched,
+            eager_bytes=times * (part.eager_bytes - part.weight_bytes) + weights,
+        )
 
     def by_module(self) -> Mapping[str, Part]:
         return {part.module: part for part in self.parts}

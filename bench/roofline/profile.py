@@ -1,0 +1,462 @@
+"""A profile: what a model asks of a device in each phase, how long that takes at least, and how long it took.
+
+bones = Bones.of(path, recipe)                      # no weight is read
+found = profile(bones, ceilings, Load((1, 8), 512, 128))
+found["phases"][1]["floor_s"]                        # the document's keys are those of SCHEMA
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ...backends.ceilings import Ceilings
+from ...compress.block import block_names
+from ...compress.checkpoint import longest, skeleton
+from ...compress.places import base_directory, local_model
+from ...compress.recipe import Recipe
+from ...compress.spec import KVSpec
+from ...unlearn.adapters import with_adapter
+from .bound import ceiling, estimate_s, floor, floor_s, memory_share, replaced
+from .capacity import Memory
+from .depths import depths, draft_s, exit_s
+from .measure import Measured
+from .speculation import expected_depth
+from .stored import (
+    Forms,
+    apply,
+    checkpoint_bytes,
+    forms_of_checkpoint,
+    forms_of_recipe,
+    module_bytes,
+    resident_bytes,
+)
+from .walk import walk
+from .work import Part, Phase, Step
+
+SCHEMA = "remanence.profile/1"
+# Sequences side by side in the sweep, and its contexts as multiples of the one that is asked about.
+_BATCHES = tuple(2**i for i in range(9))
+_CONTEXTS = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is served: so many sequences side by side, tokens of each prompt, and tokens of each answer."""
+
+    batches: tuple[int, ...] = (1,)
+    prompt: int = 512
+    new: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"batch: {', '.join(map(str, self.batches)) or 'none'}; expected numbers from 1 on")
+        for name, value, least in (("prompt", self.prompt, 1), ("new", self.new, 2)):
+            if value < least:
+                raise ValueError(f"{name}: {value} is below {least}")
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache before the middle one of the answer."""
+        return self.prompt + (self.new - 1) // 2
+
+
+@dataclass(frozen=True)
+class Early:
+    """How a model leaves early, or drafts: tokens by depth; layers that draft, tokens drafted, and the probability that
+    one of them is the whole model's."""
+
+    histogram: Mapping[int, int] = field(default_factory=dict)
+    draft: tuple[int, int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Bones:
+    """A model without its values.
+
+    model   dense, on the meta device
+    forms   how its layers are kept
+    kv      how its keys and values are; None: as they come
+    """
+
+    name: str
+    model: PreTrainedModel
+    forms: Forms
+    kv: KVSpec | None = None
+    recipe: Recipe | None = None
+
+    @classmethod
+    def of(cls, path: Path | str, recipe: Recipe | None = None) -> Bones:
+        """Of the model at `path` (a directory, in which a config is enough for a dense model, or a hub id), as it is
+        there, or as `recipe` would make it. ValueError or FileNotFoundError for what cannot be read, and for a recipe
+        on a model that is compressed already."""
+        base = base_directory(path)
+        model = skeleton(base, compressed=True)
+        directory = local_model(base)
+        kept = forms_of_checkpoint(directory, model) if directory is not None else {}
+        with_adapter(model, path)
+        if recipe is None:
+            return cls(str(path), model.eval(), kept)
+        if kept:
+            raise ValueError(f"recipe: {recipe} beside {path}, which is compressed already; expected a dense model")
+        return cls(str(path), model.eval(), forms_of_recipe(model, recipe), recipe.kv, recipe)
+
+    def as_if(self, recipe: Recipe) -> Bones:
+        """The same model by another recipe; ValueError where it does not fit."""
+        return Bones(self.name, self.model, forms_of_recipe(self.model, recipe), recipe.kv, recipe)
+
+
+def profile(bones: Bones, ceilings: Ceilings, load: Load, early: Early | None = None) -> dict[str, Any]:
+    """The document, without anything measured on the way: JSON values. ValueError for texts that are longer than the
+    model has positions for, for exits that it has not, and as `walk`."""
+    early = early or Early()
+    positions = longest(bones.model.config)
+    if load.prompt + load.new > positions:
+        raise ValueError(
+            f"prompt, new: {load.prompt} + {load.new} tokens, and {bones.name} has positions for {positions}"
+        )
+    passes = _Passes(bones)
+    prefill, decode = passes.at(load.prompt, load.context)
+    document = _about(bones, ceilings, passes, load, positions)
+    for batch in load.batches:
+        steps = [prefill.with_batch(batch), decode.with_batch(batch)]
+        document["phases"] += [_phase(step, ceilings) for step in steps]
+        document["serving"].append(_serving(steps[0], steps[1], ceilings, passes.memory(load), load))
+    document["sweep"] = _sweep(passes, ceilings, load, positions)
+    document |= _early(passes, ceilings, load, early)
+    document["what_if"] = _others(bones, ceilings, load, passes)
+    document["notes"] += _replaced(prefill, decode, ceilings)
+    document["recommendation"] = _recommended(document, load)
+    return document
+
+
+class _Passes:
+    """Passes of one sequence, each context walked once."""
+
+    def __init__(self, bones: Bones) -> None:
+        self.bones, self.dense = bones, module_bytes(bones.model)
+        self.walked: dict[tuple[int, int, int], tuple[Step, Step]] = {}
+
+    def raw(self, prompt: int, context: int, tokens: int = 1) -> tuple[Step, Step]:
+        """Of the dense model."""
+        key = (prompt, context, tokens)
+        if key not in self.walked:
+            self.walked[key] = walk(self.bones.model, 1, prompt, context, tokens)
+        return self.walked[key]
+
+    def at(self, prompt: int, context: int, tokens: int = 1) -> tuple[Step, Step]:
+        prefill, decode = (self.formed(step) for step in self.raw(prompt, context, tokens))
+        return prefill, decode
+
+    def formed(self, step: Step) -> Step:
+        return apply(step, self.bones.forms, self.dense, self.bones.kv)
+
+    def memory(self, load: Load) -> Memory:
+        prefill, decode = self.raw(load.prompt, load.context)
+        return Memory(resident_bytes(self.dense, self.bones.forms), prefill, decode, self.bones.kv)
+
+
+def _about(bones: Bones, ceilings: Ceilings, passes: _Passes, load: Load, positions: int) -> dict[str, Any]:
+    model, memory = bones.model, passes.memory(load)
+    parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
+    _, decode = passes.at(load.prompt, load.context)
+    room = ceilings.memory_bytes
+    raw = passes.raw(load.prompt, load.context)
+    return {
+        "schema": SCHEMA,
+        "model": bones.name,
+        "recipe": None if bones.recipe is None else bones.recipe.name,
+        "architecture": type(model).__name__,
+        "layers": _count(model),
+        "parameters": parameters,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ceilings.as_json(),
+        "weights": {
+            "resident_bytes": memory.weights,
+            "read_bytes": decode.total("weight_bytes"),
+            "checkpoint_bytes": checkpoint_bytes(passes.dense, bones.forms),
+            "bits_per_parameter": 8 * memory.weights / parameters,
+        },
+        "kv_bytes_per_token": memory.cache(load.context + 1) / (load.context + 1),
+        "phases": [],
+        "serving": [],
+        "capacity": {
+            "memory_bytes": room,
+            "largest_batch": None if room is None else memory.largest_batch(load.prompt, load.prompt + load.new, room),
+            "at_context": load.prompt + load.new,
+            "largest_context": None if room is None else (most := memory.largest_context(room, positions)),
+            "at_batch": 1,
+            "limited_by": None if room is None else "positions" if most == positions else "memory",
+        },
+        "uncounted": [
+            {"op": each.op, "count": each.count, "modules": _short(each.modules)}
+            for each in (*raw[0].uncounted, *raw[1].uncounted)
+        ],
+        "assumed": list(dict.fromkeys((*raw[0].assumed, *raw[1].assumed))),
+        "notes": [],
+    }
+
+
+def _count(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def _phase(step: Step, ceilings: Ceilings) -> dict[str, Any]:
+    seconds, moved = floor_s(step, ceilings), step.total("bytes")
+    share = memory_share(step, ceilings)
+    heaviest = max(step.parts, key=lambda part: part.flops)
+    return {
+        "phase": step.phase,
+        "batch": step.batch,
+        "tokens": step.tokens,
+        "context": step.context,
+        "flops": step.total("flops"),
+        "weight_bytes": step.total("weight_bytes"),
+        "kv_bytes": step.total("kv_bytes"),
+        "activation_bytes": step.total("activation_bytes"),
+        "bytes": moved,
+        "eager_bytes": step.total("eager_bytes"),
+        "ops": sum(part.ops for part in step.parts),
+        "intensity": step.total("flops") / moved,
+        "floor_s": seconds,
+        "estimate_s": estimate_s(step, ceilings),
+        "bound": "memory" if share >= 0.5 else "compute",
+        "memory_share": share,
+        "compute": ceiling(heaviest.compute, ceilings)[0],
+        "measured_s": None,
+        "spread": None,
+        "attained": None,
+        "remainder_s": None,
+        "note": None,
+        "modules": [_module(name, parts, ceilings) for name, parts in _alike(step.parts).items()],
+    }
+
+
+def _alike(parts: Sequence[Part]) -> dict[str, list[Part]]:
+    """Modules of the same place in different layers, under one name with a star for the layer's number."""
+    found: dict[str, list[Part]] = {}
+    for part in parts:
+        found.setdefault(starred(part.module), []).append(part)
+    return found
+
+
+def starred(name: str) -> str:
+    """A module's name with a star for each number in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _module(name: str, parts: list[Part], ceilings: Ceilings) -> dict[str, Any]:
+    times = [floor(part, ceilings) for part in parts]
+    return {
+        "module": name,
+        "count": len(parts),
+        "kind": parts[0].kind,
+        "compute": times[0].compute if any(part.flops for part in parts) else None,
+        "flops": sum(part.flops for part in parts),
+        "bytes": sum(part.bytes for part in parts),
+        "floor_s": sum(time.seconds for time in times),
+        "bound": max(times, key=lambda time: time.seconds).bound,
+        "measured_s": None,
+        "attained": None,
+    }
+
+
+def _serving(prefill: Step, decode: Step, ceilings: Ceilings, memory: Memory, load: Load) -> dict[str, Any]:
+    taken = memory.total(prefill.batch, load.prompt, load.prompt + load.new)
+    step = floor_s(decode, ceilings)
+    return {
+        "batch": prefill.batch,
+        "prompt": load.prompt,
+        "new": load.new,
+        "ttft_s": floor_s(prefill, ceilings),
+        "tpot_s": step,
+        "tokens_per_s": prefill.batch / step,
+        "memory_bytes": taken,
+        "fits": None if ceilings.memory_bytes is None else taken <= ceilings.memory_bytes,
+        "measured": None,
+    }
+
+
+def _sweep(passes: _Passes, ceilings: Ceilings, load: Load, positions: int) -> list[dict[str, Any]]:
+    rows = []
+    memory = passes.memory(load)
+    for context in sorted({min(times * load.context, positions - 1) for times in _CONTEXTS}):
+        _, one = passes.at(min(load.prompt, context), context)
+        for batch in _BATCHES:
+            step = one.with_batch(batch)
+            seconds = floor_s(step, ceilings)
+            taken = memory.total(batch, load.prompt, context + 1)
+            rows.append(
+                {
+                    "phase": "decode",
+                    "batch": batch,
+                    "context": context,
+                    "floor_s": seconds,
+                    "tokens_per_s": batch / seconds,
+                    "intensity": step.total("flops") / step.total("bytes"),
+                    "performance": step.total("flops") / seconds,
+                    "bound": "memory" if memory_share(step, ceilings) >= 0.5 else "compute",
+                    "memory_bytes": taken,
+                    "fits": ceilings.memory_bytes is None or taken <= ceilings.memory_bytes,
+                }
+            )
+    return rows
+
+
+def _early(passes: _Passes, ceilings: Ceilings, load: Load, early: Early) -> dict[str, Any]:
+    """What leaving early, and drafting, would make of a decode step of one sequence."""
+    found: dict[str, Any] = {"exits": None, "draft": None}
+    if not early.histogram and early.draft is None:
+        return found
+    blocks = block_names(passes.bones.model)
+    _, one = passes.at(load.prompt, load.context)
+    whole, each = floor_s(one, ceilings), depths(one, blocks, ceilings)
+    if early.histogram:
+        seconds = exit_s(each, early.histogram)
+        mean = expected_depth(early.histogram)
+        found["exits"] = {
+            "mean_depth": mean,
+            "layers": len(blocks),
+            "decode_s": seconds,
+            "speedup": whole / seconds,
+        }
+    if early.draft is not None:
+        layers, length, accept = early.draft
+        _, many = passes.at(load.prompt, load.context, max(1, length) + 1)
+        seconds = draft_s(each, depths(many, blocks, ceilings), layers, length, accept)
+        found["draft"] = {
+            "layers": layers,
+            "accept": accept,
+            "length": length,
+            "decode_s": seconds,
+            "speedup": whole / seconds,
+        }
+    return found
+
+
+def _others(bones: Bones, ceilings: Ceilings, load: Load, passes: _Passes) -> list[dict[str, Any]]:
+    """Floors by other recipes; nothing for a checkpoint that is compressed already, whose dense weights are gone."""
+    from ...compress.recipe import DENSE, parse_recipe
+
+    if bones.forms and bones.recipe is None:
+        return []
+    rows = []
+    for name in ("dense", *_CANDIDATES):
+        recipe = DENSE if name == "dense" else parse_recipe(name)
+        if recipe == (bones.recipe or DENSE):
+            continue
+        try:
+            other = _Passes(bones.as_if(recipe))
+        except ValueError:  # its groups do not divide this model's layers, or it has no layer for them
+            continue
+        other.walked = passes.walked
+        prefill, decode = other.at(load.prompt, load.context)
+        rows.append(
+            {
+                "recipe": name,
+                "batch": load.batches[0],
+                "prefill_s": floor_s(prefill.with_batch(load.batches[0]), ceilings),
+                "decode_s": floor_s(decode.with_batch(load.batches[0]), ceilings),
+                "resident_bytes": resident_bytes(other.dense, other.bones.forms),
+            }
+        )
+    return rows
+
+
+# Recipes that a profile of a dense model is held beside: widths of weights, of both sides, sparsity, and the cache.
+_CANDIDATES = (
+    "rtn-w8a16",
+    "rtn-w4a16-g128",
+    "rtn-w4a16-g64",
+    "rtn-w8a8",
+    "rtn-w4a4",
+    "magnitude-2:4",
+    "dense+kv_bits=4",
+)
+
+
+def _replaced(prefill: Step, decode: Step, ceilings: Ceilings) -> list[str]:
+    return [
+        f"{ceilings.device} has no known ceiling for {kind}: {taken} is reckoned in its place"
+        for kind, taken in replaced([prefill, decode], ceilings).items()
+    ]
+
+
+def _recommended(document: Mapping[str, Any], load: Load) -> str:
+    """What bounds each phase, and what would change it most."""
+    batch = load.batches[0]
+    said = []
+    for phase in [each for each in document["phases"] if each["batch"] == batch]:
+        bound = "memory" if phase["bound"] == "memory" else f"arithmetic in {phase['compute']}"
+        share = phase["memory_share"] if phase["bound"] == "memory" else 1 - phase["memory_share"]
+        largest = max(("weight", "kv", "activation"), key=lambda name: phase[f"{name}_bytes"])
+        what = {"weight": "weights", "kv": "keys and values", "activation": "activations"}[largest]
+        moved = f", {phase[f'{largest}_bytes'] / phase['bytes']:.0%} of its bytes are {what}"
+        text = f"{phase['phase']} at batch {batch} is bound by {bound} ({share:.0%} of its floor"
+        text += (moved if phase["bound"] == "memory" else "") + ")"
+        said.append(text + _change(document, phase))
+    return ". ".join(text[0].upper() + text[1:] for text in said) + "."
+
+
+def _change(document: Mapping[str, Any], phase: Mapping[str, Any]) -> str:
+    name: Phase = phase["phase"]
+    here, recipe = phase["floor_s"], document["recipe"]
+    others = {row["recipe"]: row[f"{name}_s"] for row in document["what_if"]}
+    if recipe is not None and "dense" in others:
+        return f": {recipe} takes it from {_ms(others['dense'])} to {_ms(here)} ms at least"
+    if not others or min(others.values()) > 0.95 * here:
+        return ": no recipe that was tried would change that much" if others else ""
+    best = min(others, key=lambda key: others[key])
+    return f": {best} would take it from {_ms(here)} to {_ms(others[best])} ms at least"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def _short(modules: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(map(starred, modules)))
+
+
+def add_measured(document: dict[str, Any], measured: Measured, weights: float, cache: int | None) -> None:
+    """Put what was measured beside its floors, for the batch that it is of.
+
+    weights, cache   bytes of all weights, and of the device's last-level cache: a model that fits into it is not held
+                     against its memory
+    """
+    served = next(row for row in document["serving"] if row["batch"] == measured.batch)
+    served["measured"] = {
+        "ttft_s": measured.ttft_s,
+        "tpot_s": measured.tpot_s,
+        "tokens_per_s": measured.tokens_per_s,
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "spread": max(measured.ttft_spread, measured.tpot_spread),
+    }
+    cached = cache is not None and weights <= cache
+    for phase in document["phases"]:
+        if phase["batch"] != measured.batch:
+            continue
+        first = phase["phase"] == "prefill"
+        seconds = measured.ttft_s if first else measured.tpot_s
+        phase["measured_s"] = seconds
+        phase["spread"] = measured.ttft_spread if first else measured.tpot_spread
+        phase["remainder_s"] = measured.remainder_s[phase["phase"]]
+        if cached:
+            phase["note"] = (
+                f"the weights ({weights / 2**20:.1f} MiB) fit into the last-level cache ({(cache or 0) / 2**20:.0f} "
+                "MiB): the memory's ceiling does not bind this model, and no attained share is given"
+            )
+        else:
+            phase["attained"] = phase["floor_s"] / seconds
+        taken: dict[str, float] = {}
+        for name, own in measured.modules[phase["phase"]].items():
+            taken[starred(name)] = taken.get(starred(name), 0.0) + own
+        for module in phase["modules"]:
+            module["measured_s"] = taken.get(module["module"])
+            if module["measured_s"] and not cached:
+                module["attained"] = module["floor_s"] / module["measured_s"]
