@@ -44,10 +44,12 @@ def module_seconds(model: nn.Module, machine: Device, work: Callable[[], object]
 
     On the CPU hooks take longer than many a norm of a small model. What a pair of them costs around a module that does
     nothing is measured first and taken off for every call, from the module and from its caller, never to below 0. The
-    call itself stays with the caller: an empty module takes 0. About as much again is seen in no empty module (colder
-    caches) and stays: 3 us a call, a tenth of a step of 2 ms, nothing of one of 30 ms. On accelerators a mark is an event in the stream, read
-    at the end, and nothing is taken off: where the device is behind the host, hooks delay nothing. Where it waits for
-    launches, a module's time contains its own, and that of the events.
+    call itself stays with the caller: an empty module takes 0. In a model caches are colder than there, and about as
+    much again stays: a tenth of a step of 2 ms, little of one of 30 ms.
+
+    On accelerators a mark is an event in the stream, read at the end, and nothing is taken off: where the device is
+    behind the host, hooks delay nothing. Where it waits for launches, a module's time contains its own, and that of the
+    events.
     """
     marks = _marks(machine)
     cost = hook_cost() if machine.kind == "cpu" else HookCost(0.0, 0.0)
