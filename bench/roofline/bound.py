@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from ...backends.ceilings import Ceilings, Rate
 from .work import Part, Step
 
-# Where a device has no such numbers, what it takes in their place.
-_NEXT = {
-    "int4": "int8",
-    "int8": "float16",
-    "float8": "bfloat16",
-    "float64": "float32",
-    "bfloat16": "float16",
-    "float16": "float32",
+# Numbers that hold those of a kind: what is faster with them is a ceiling of the kind too (a CPU without instructions
+# for bfloat16 multiplies in float32).
+_HOLD = {
+    "int4": ("int8", "float16", "bfloat16", "float32"),
+    "int8": ("float16", "bfloat16", "float32"),
+    "float8": ("float16", "bfloat16", "float32"),
+    "bfloat16": ("float32",),
+    "float16": ("float32",),
 }
+# Those that a device without any of these would be given instead: they do not hold all of the other's range.
+_NEAREST = {"bfloat16": "float16", "float64": "float32"}
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,18 @@ class Time:
 
 
 def ceiling(compute: str, ceilings: Ceilings) -> tuple[str, Rate]:
-    """(kind, rate) of the numbers that products of kind `compute` are computed in: its own, or what the device has in
-    their place. ValueError where it has nothing."""
-    kind = compute
-    while kind not in ceilings.compute:
-        if kind not in _NEXT:
-            raise ValueError(f"device: {ceilings.device} has no known ceiling for {compute}")
-        kind = _NEXT[kind]
-    return kind, ceilings.compute[kind]
+    """(kind, rate) of the numbers in which products of kind `compute` are computed fastest. ValueError where the device
+    has none that would do."""
+    kinds = [kind for kind in (compute, *_HOLD.get(compute, ())) if kind in ceilings.compute]
+    kinds = kinds or [kind for kind in (_NEAREST.get(compute, ""),) if kind in ceilings.compute]
+    if not kinds:
+        raise ValueError(f"device: {ceilings.device} has no known ceiling for {compute}")
+    best = max(kinds, key=lambda kind: ceilings.compute[kind].value)
+    return best, ceilings.compute[best]
 
 
 def replaced(steps: Sequence[Step], ceilings: Ceilings) -> dict[str, str]:
-    """Kinds of numbers that the device has not, and what is reckoned in their place."""
+    """Kinds of numbers whose products are reckoned in others: those are faster there, or the only ones."""
     kinds = {part.compute for step in steps for part in step.parts if part.flops}
     return {kind: taken for kind in sorted(kinds) if (taken := ceiling(kind, ceilings)[0]) != kind}
 

@@ -381,10 +381,11 @@ _CANDIDATES = (
 
 
 def _replaced(prefill: Step, decode: Step, ceilings: Ceilings) -> list[str]:
-    return [
-        f"{ceilings.device} has no known ceiling for {kind}: {taken} is reckoned in its place"
-        for kind, taken in replaced([prefill, decode], ceilings).items()
-    ]
+    notes = []
+    for kind, taken in replaced([prefill, decode], ceilings).items():
+        faster = "is faster with it" if kind in ceilings.compute else f"has no known ceiling for {kind}"
+        notes.append(f"products of {kind} are reckoned in {taken}: {ceilings.device} {faster}")
+    return notes
 
 
 def _recommended(document: Mapping[str, Any], load: Load) -> str:

@@ -23,6 +23,7 @@ from .verbs.energy import energy
 from .verbs.evaluate import evaluate, logs, report
 from .verbs.exits import exit_app
 from .verbs.export import export
+from .verbs.profile import profile
 from .verbs.unlearn import unlearn
 
 app = typer.Typer(
@@ -33,7 +34,21 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 error, 2 usage (unknown name, missing or unusable input), 3 --fail-on fired, "
     "4 some cells failed, 130 interrupted.",
 )
-for _verb in (audit, unlearn, compress, allocate, export, report, evaluate, logs, preflight, doctor, bench, energy):
+for _verb in (
+    audit,
+    unlearn,
+    compress,
+    allocate,
+    export,
+    report,
+    evaluate,
+    logs,
+    preflight,
+    profile,
+    doctor,
+    bench,
+    energy,
+):
     app.command()(_verb)
 app.add_typer(exit_app, name="exit")
 
