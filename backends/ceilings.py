@@ -1,4 +1,4 @@
-"""What a device gives at most, as a roofline asks: arithmetic by kind of numbers, memory, and what starting an op costs.
+"""What a device gives at most, as a roofline asks: arithmetic by kind of numbers, memory, what starting an op costs.
 
 From a data sheet (sheets.py), from a CPU's own description, or measured on the very device. No torch here.
 """
