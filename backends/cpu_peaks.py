@@ -13,7 +13,7 @@ from pathlib import Path
 from .device import Peak
 
 _ROOT = Path("/")
-_UNITS = "two units of that width assumed"
+_UNITS = "two units assumed"
 
 # By kind of numbers: the flags that an instruction takes, operations of a core in a cycle (a product and its sum are
 # two), and how it comes to them. The first whose flags are all there is taken.
@@ -145,7 +145,7 @@ def _clock(root: Path, table: dict[int, dict[str, str]], number: int) -> float |
 def _clock_source(root: Path, number: int) -> str:
     if (_cpu(root, number) / "cpufreq/cpuinfo_max_freq").exists():
         return "cpuinfo_max_freq"
-    return "the clock that /proc/cpuinfo shows now, which a boost may exceed"
+    return "now, by /proc/cpuinfo; a boost may exceed it"
 
 
 def _span(hertz: Collection[float]) -> str:

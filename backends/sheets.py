@@ -98,12 +98,11 @@ def _plain(name: str) -> str:
     return plain
 
 
-def _tera(source: str, quoted: bool = False, **rates: float) -> dict[str, Rate]:
-    """10^12 operations a second by kind; half: float16 and bfloat16, summed in float32."""
-    half = rates.pop("half", None)
-    if half is not None:
-        rates |= {"float16": half, "bfloat16": half}
-    return {kind: Rate(rates[kind] * 1e12, source, quoted) for kind in COMPUTE if kind in rates}
+def _tera(source: str, rates: Mapping[str, float], quoted: bool = False) -> dict[str, Rate]:
+    """rates: 10^12 operations a second by kind; half: float16 and bfloat16, summed in float32."""
+    half = rates.get("half")
+    told = {**rates, **({} if half is None else {"float16": half, "bfloat16": half})}
+    return {kind: Rate(told[kind] * 1e12, source, quoted) for kind in COMPUTE if kind in told}
 
 
 def _nvidia(
@@ -130,7 +129,7 @@ def _nvidia(
 
 
 _A100 = "NVIDIA A100 data sheet"
-_A100_RATES = _tera(_A100, float32=19.5, half=312, int8=624, int4=1248)
+_A100_RATES = _tera(_A100, {"float32": 19.5, "half": 312, "int8": 624, "int4": 1248})
 _A100_CACHE = Rate(40 * 2**20, "NVIDIA A100 architecture paper")
 _H100, _H200 = "NVIDIA H100 SXM data sheet", "NVIDIA H200 SXM data sheet"
 _HOPPER = {"float32": 67, "half": 989.5, "float8": 1979, "int8": 1979}  # tensor cores without int4
@@ -150,25 +149,25 @@ _GPUS = (
         multiprocessors=108,
     ),
     _nvidia(
-        "H100", 80, 3350, _tera(_H100, **_HOPPER), _HOPPER_CACHE, 700, _H100,
+        "H100", 80, 3350, _tera(_H100, _HOPPER), _HOPPER_CACHE, 700, _H100,
         aliases=("H100 SXM", "H100 SXM5", "H100 80GB"), torch_names=("NVIDIA H100 80GB HBM3",), multiprocessors=132,
     ),
     _nvidia(
-        "H200", 141, 4800, _tera(_H200, **_HOPPER), replace(_HOPPER_CACHE, source=f"{_HOPPER_CACHE.source}: as H100"),
+        "H200", 141, 4800, _tera(_H200, _HOPPER), replace(_HOPPER_CACHE, source=f"{_HOPPER_CACHE.source}: as H100"),
         700, _H200, aliases=("H200 SXM",), torch_names=("NVIDIA H200",), multiprocessors=132,
     ),
     _nvidia(
         "L4", 24, 300,
-        _tera(_L4, float32=30.3, half=121, float8=242.5, int8=242.5) | _tera(_ADA_INT4, quoted=True, int4=485),
+        _tera(_L4, {"float32": 30.3, "half": 121, "float8": 242.5, "int8": 242.5}) | _tera(_ADA_INT4, {"int4": 485}, quoted=True),
         Rate(48 * 2**20, _ADA), 72, _L4, torch_names=("NVIDIA L4",), multiprocessors=58,
     ),
     _nvidia(
-        "RTX4090", 24, 1008, _tera(_ADA, float32=82.6, half=165.2, float8=330.3, int8=660.6, int4=1321.2),
+        "RTX4090", 24, 1008, _tera(_ADA, {"float32": 82.6, "half": 165.2, "float8": 330.3, "int8": 660.6, "int4": 1321.2}),
         Rate(72 * 2**20, _ADA), 450, _ADA,
         aliases=("4090",), torch_names=("NVIDIA GeForce RTX 4090",), multiprocessors=128,
     ),
     _nvidia(
-        "B200", 180, 8000, _tera(_B200, quoted=True, float32=80, half=2250, float8=4500, int8=4500),
+        "B200", 180, 8000, _tera(_B200, {"float32": 80, "half": 2250, "float8": 4500, "int8": 4500}, quoted=True),
         Rate(126 * 2**20, "quoted: measurements of others", quoted=True), 1000, f"{_B200}; memory of 180 to 192 GB",
         quoted=True, aliases=("B200 SXM",), torch_names=("NVIDIA B200",), multiprocessors=148,
     ),
@@ -179,7 +178,7 @@ _AMD = Sheet(
     "MI300X",
     Rate(192e9, _MI300X),
     Rate(5300e9, _MI300X),
-    _tera(_MI300X, float32=163.4, half=1307.4, float8=2614.9, int8=2614.9),
+    _tera(_MI300X, {"float32": 163.4, "half": 1307.4, "float8": 2614.9, "int8": 2614.9}),
     Rate(256 * 2**20, f"{_MI300X}: Infinity Cache"),
     Rate(2.0, f"{_MI300X}: with structured sparsity"),
     Rate(750, _MI300X),

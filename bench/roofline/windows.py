@@ -76,9 +76,9 @@ class Windows:
     def undisturbed(self, work: Callable[[], T]) -> T:
         """What `work` gives. ValueError where threads of this process waited for a core for more than `limit` of the
         time: whoever shares it evenly makes every figure steady, and low. Not known of other systems than Linux."""
-        ran, waited = _scheduled()
+        before = _scheduled()
         result = work()
-        ran, waited = _scheduled()[0] - ran, _scheduled()[1] - waited
+        ran, waited = (after - then for after, then in zip(_scheduled(), before, strict=True))
         share = waited / (ran + waited) if waited > 0 else 0.0
         if self.device.kind == "cpu" and share > self.limit:
             raise ValueError(
