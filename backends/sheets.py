@@ -158,11 +158,13 @@ _GPUS = (
     ),
     _nvidia(
         "L4", 24, 300,
-        _tera(_L4, {"float32": 30.3, "half": 121, "float8": 242.5, "int8": 242.5}) | _tera(_ADA_INT4, {"int4": 485}, quoted=True),
+        _tera(_L4, {"float32": 30.3, "half": 121, "float8": 242.5, "int8": 242.5})
+        | _tera(_ADA_INT4, {"int4": 485}, quoted=True),
         Rate(48 * 2**20, _ADA), 72, _L4, torch_names=("NVIDIA L4",), multiprocessors=58,
     ),
     _nvidia(
-        "RTX4090", 24, 1008, _tera(_ADA, {"float32": 82.6, "half": 165.2, "float8": 330.3, "int8": 660.6, "int4": 1321.2}),
+        "RTX4090", 24, 1008,
+        _tera(_ADA, {"float32": 82.6, "half": 165.2, "float8": 330.3, "int8": 660.6, "int4": 1321.2}),
         Rate(72 * 2**20, _ADA), 450, _ADA,
         aliases=("4090",), torch_names=("NVIDIA GeForce RTX 4090",), multiprocessors=128,
     ),

@@ -31,8 +31,9 @@ from .windows import LIMIT, Windows
 
 _log = logging.getLogger(__name__)
 
-_SLOW = 0.05  # seconds of a call above which its weight is made smaller
-_LEAST = 512  # features below which it is not
+_SLOW = 0.05  # seconds of a call
+_FAST = 2e-4  # less, and starting the call would be a good part of it on a GPU
+_LEAST = 512  # features that are not halved
 _LAUNCHES = 1000
 _FLOAT8 = (8, 9)  # least compute capability whose tensor cores multiply it
 _DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,8 +53,9 @@ _PACKED: dict[str, tuple[int, int | None, int | None]] = {
 class Sizes:
     """How much is measured.
 
-    features      of a weight, in and out; halved for a form whose call takes more than _SLOW
-    rows          of x in the large products
+    features, rows   of a weight, in and out, and of x in the large products. Features are halved for a form whose call
+                  takes more than _SLOW; where a call takes less than _FAST, the features of a product with one row are
+                  doubled, up to most_features, or the rows of a large one, up to most_rows
     least_bytes, caches   an array of the stream, and the weights that take turns together: at least so many bytes, and
                   so many times the last-level cache; never above a quarter of free memory
     windows, window_s, limit   of each figure (windows.py)
@@ -61,6 +63,8 @@ class Sizes:
 
     features: int = 4096
     rows: int = 256
+    most_features: int = 16384
+    most_rows: int = 8192
     least_bytes: int = 64 << 20
     caches: int = 4
     windows: int = 9
@@ -87,8 +91,8 @@ def _measured(bench: _Bench) -> Ceilings:
     info, sheet = bench.device.info(), _sheet(bench.device)
     ways = _memory(bench)
     forms = _forms(bench)
-    gemv = _products(bench, forms, 1)
-    products = _products(bench, forms, bench.sizes.rows)
+    gemv = _products(bench, forms, _one_row)
+    products = _products(bench, forms, _many_rows)
     compute = _compute(bench, forms, products)
     if sheet is not None and "int4" in sheet.compute:  # products in it are not measured
         compute["int4"] = sheet.compute["int4"]
@@ -182,12 +186,12 @@ class _Form(NamedTuple):
     told: str
 
 
-def _products(bench: _Bench, forms: dict[str, _Form], rows: int) -> dict[str, Rate]:
-    """By how weights are kept: with one row bytes of them a second, with more operations a second."""
+def _products(bench: _Bench, forms: dict[str, _Form], product: Callable[[_Bench, str, _Form], Rate]) -> dict[str, Rate]:
+    """By how weights are kept; product: _one_row or _many_rows."""
     found = {}
     for name, form in forms.items():
         try:
-            found[name] = _one_row(bench, name, form) if rows == 1 else _many_rows(bench, name, form, rows)
+            found[name] = product(bench, name, form)
         except RuntimeError as error:  # a dtype that this device has no product for
             bench.say(f"{name}: not measured: {str(error).splitlines()[0]}")
     return found
@@ -232,11 +236,12 @@ def _packed(
     spec = QuantSpec(bits, group)
 
     def make(features: int, count: int) -> Iterator[_Weight]:
-        codes = torch.randint(0, 256, (features, ops.packed_width(features, bits)), dtype=torch.uint8)
-        scale = torch.full((features, spec.groups(features)), 0.01, dtype=storage_dtype(torch.empty(0, dtype=dtype)))
+        codes = torch.randint(0, 256, (features, ops.packed_width(features, bits)), dtype=torch.uint8, device=at)
+        kept = storage_dtype(torch.empty(0, dtype=dtype))
+        scale = torch.full((features, spec.groups(features)), 0.01, dtype=kept, device=at)
         for _ in range(count):
             layer = QuantLinear(spec, features, codes.clone(), scale.clone(), None, None, activation)
-            layer = layer.to(at).prepack_()
+            layer.prepack_()
             layer(torch.zeros(1, features, dtype=dtype, device=at))  # some are laid out at their first call
             yield _Weight(_stored(layer), layer)
 
@@ -250,20 +255,27 @@ def _stored(layer: QuantLinear) -> int:
     return sum(buffer.nbytes for buffer in layer.buffers())
 
 
-def _fitting(bench: _Bench, form: _Form, rows: int) -> tuple[int, Tensor, _Weight]:
-    """(features, x, a weight) of which a call takes no longer than _SLOW."""
-    features = bench.sizes.features
+def _fitting(bench: _Bench, form: _Form, rows: int) -> tuple[Tensor, _Weight]:
+    """x [rows, features] and a weight of which a call takes neither too long nor hardly any time."""
+    sizes, features = bench.sizes, bench.sizes.features
     while True:
         weight = next(form.make(features, 1))
         x = torch.randn(rows, features, device=bench.at).to(form.dtype)
-        if features // 2 < _LEAST or bench.windows.once(lambda w=weight, x=x: w.multiply(x)) <= _SLOW:  # type: ignore[misc]
-            return features, x, weight
-        features //= 2
+        seconds = bench.windows.once(lambda w=weight, x=x: w.multiply(x))  # type: ignore[misc]
+        if seconds > _SLOW and features // 2 >= _LEAST:
+            features //= 2
+        elif seconds < _FAST and rows == 1 and 2 * features <= sizes.most_features:
+            features *= 2
+        elif seconds < _FAST and 1 < rows <= sizes.most_rows // 2:
+            rows *= 2
+        else:
+            return x, weight
 
 
 def _one_row(bench: _Bench, name: str, form: _Form) -> Rate:
     """Bytes of weights a second: more of them than a cache holds take turns."""
-    features, x, weight = _fitting(bench, form, 1)
+    x, weight = _fitting(bench, form, 1)
+    features = x.shape[-1]
     weights = list(form.make(features, max(2, math.ceil(bench.spilling() / weight.bytes))))
 
     def turn() -> None:
@@ -274,9 +286,10 @@ def _one_row(bench: _Bench, name: str, form: _Form) -> Rate:
     return bench.windows.rate(f"{name}, one row", sum(each.bytes for each in weights), turn, told)
 
 
-def _many_rows(bench: _Bench, name: str, form: _Form, rows: int) -> Rate:
+def _many_rows(bench: _Bench, name: str, form: _Form) -> Rate:
     """Operations a second."""
-    features, x, weight = _fitting(bench, form, rows)
+    x, weight = _fitting(bench, form, bench.sizes.rows)
+    rows, features = x.shape
     told = f"measured: {form.told}, {rows} x {features} x {features}"
     return bench.windows.rate(f"{name}, {rows} rows", 2 * rows * features**2, lambda: weight.multiply(x), told)
 
@@ -291,7 +304,7 @@ def _compute(bench: _Bench, forms: dict[str, _Form], products: dict[str, Rate]) 
             found[_KINDS[forms[name].dtype]][name] = rate
         elif not (name == "w4a4" and bench.device.kind == ascend.NAME):  # whose operator multiplies int4 as such
             found["int8"][name] = rate
-    extra = _products(bench, _matrix_forms(bench), bench.sizes.rows)
+    extra = _products(bench, _matrix_forms(bench), _many_rows)
     for name, rate in extra.items():
         found[_KINDS[_MATRIX[name]]][name] = rate
     for kind, rates in _probes(bench).items():

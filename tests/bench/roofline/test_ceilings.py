@@ -2,23 +2,25 @@
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from remanence.backends.ceilings import Ceilings, Rate, ceilings_from_json
 from remanence.backends.cpu import CpuDevice
+from remanence.backends.sheets import SHEETS
 from remanence.bench.roofline import ceilings as module
 from remanence.bench.roofline import measured, windows
 from remanence.bench.roofline.ceilings import ceilings_of, kept_ceilings
 from remanence.bench.roofline.measured import Sizes, measure_ceilings
-from remanence.bench.roofline.windows import Windows
+from remanence.bench.roofline.windows import LIMIT, Windows
 from remanence.kernels import ops
 
 MIB = 2**20
 TICK = 1e-6
 # No cache is asked for, so that arrays are small; whatever else runs beside a test is no reason to refuse.
-SMALL = Sizes(features=512, rows=32, least_bytes=MIB, caches=0, windows=7, window_s=0, limit=float("inf"))
+SMALL = Sizes(512, 32, 512, 32, least_bytes=MIB, caches=0, windows=7, window_s=0, limit=float("inf"))
 native = pytest.mark.skipif(not ops.available_isas(), reason="the native kernels are not built")
 
 
@@ -137,7 +139,7 @@ def test_a_cpu_computes_16_bits_in_float32_and_instructions_alone_count():
 
 @pytest.mark.usefixtures("probed")
 def test_a_slow_device_gets_smaller_weights():
-    big = Sizes(features=1024, rows=32, least_bytes=MIB, caches=0, windows=7, window_s=0)
+    big = replace(SMALL, features=1024)
     found = measure_ceilings(constant(0.06), sizes=big)
     assert "1 x 512 x 512" in found.gemv["float32"].source
     assert "32 x 512 x 512" in found.products["float32"].source
@@ -145,26 +147,68 @@ def test_a_slow_device_gets_smaller_weights():
 
 
 @pytest.mark.usefixtures("probed")
+def test_a_fast_device_gets_larger_products():
+    found = measure_ceilings(constant(), sizes=replace(SMALL, most_features=1024, most_rows=64))
+    assert "1 x 1024 x 1024" in found.gemv["bfloat16"].source
+    assert found.gemv["bfloat16"].value == pytest.approx(2 * 1024 * 1024 * 2 / TICK)
+    assert "64 x 512 x 512" in found.products["bfloat16"].source
+    assert found.products["bfloat16"].value == pytest.approx(2 * 64 * 512 * 512 / TICK)
+
+
+class Gpu(Clocked):
+    """As a GPU says what it is; it computes on the CPU all the same."""
+
+    kind = "accelerator"
+
+    def info(self):
+        return {"name": "NVIDIA L4", "multiprocessors": 58, "capability": "8.9", "memory_bytes": 22 * 2**30}
+
+
+@pytest.mark.usefixtures("probed")
+def test_what_the_sheet_adds_and_what_the_device_has_no_kernel_for(monkeypatch):
+    monkeypatch.setattr(measured, "cache_bytes", lambda _: None)
+    monkeypatch.setattr(measured, "explain", no_kernel)
+    said = []
+    found = measure_ceilings(Gpu(itertools.repeat(TICK)), said.append, SMALL)
+    sheet = SHEETS["L4"]
+    assert found.compute["int4"] == sheet.compute["int4"]
+    assert not found.compute["int4"].measured
+    assert (found.sparse24, found.watts, found.memory_bytes) == (2.0, 72.0, 22 * 2**30)
+    assert set(found.gemv) == {"float32", "bfloat16", "float16"}
+    assert [line for line in said if line.startswith("w4a4")] == ["w4a4: not measured: no such kernel"]
+    assert "read" not in found.memory.source, "a CPU's"
+    assert "probe" not in found.compute["float32"].source
+    for name, needs in (("_int_mm", "int8"), ("_scaled_mm", "float8")):
+        assert needs in found.compute or any(line.startswith(name) for line in said)
+    old = Gpu(itertools.repeat(TICK))
+    old.info = lambda: Gpu.info(old) | {"capability": "8.0", "multiprocessors": 7}
+    found = measure_ceilings(old, sizes=SMALL)
+    assert not {"float8", "int4"} & set(found.compute), "too old for the one, and a slice has no sheet"
+    assert (found.sparse24, found.watts) == (1.0, None)
+
+
+def no_kernel(_):
+    raise ValueError("no such kernel")
+
+
+@pytest.mark.usefixtures("probed")
 def test_too_little_memory_is_said(monkeypatch):
     monkeypatch.setattr(measured, "cache_bytes", lambda _: 4 * MIB)
     said = []
-    measure_ceilings(Clocked(itertools.repeat(TICK), free=8 * MIB), said.append, SMALL_CACHED)
+    measure_ceilings(Clocked(itertools.repeat(TICK), free=8 * MIB), said.append, replace(SMALL, caches=4))
     assert any("arrays of 2 MiB, which the cache may hold in part" in line for line in said)
     said.clear()
-    found = measure_ceilings(constant(), said.append, SMALL_CACHED)
+    found = measure_ceilings(constant(), said.append, replace(SMALL, caches=4))
     assert "arrays of 16 MiB" in found.memory.source, "four times the cache"
     assert "16 weights in turns" in found.gemv["float32"].source
     assert not any("arrays" in line for line in said)
     assert found.cache_bytes == 4 * MIB
 
 
-SMALL_CACHED = Sizes(features=512, rows=32, least_bytes=MIB, caches=4, windows=7, window_s=0)
-
-
 def test_an_unsteady_figure_is_refused(monkeypatch):
     monkeypatch.setattr(windows, "_PAUSE", 0)
     device = Clocked(itertools.cycle([TICK, 5 * TICK]))
-    sizes = Sizes(features=512, rows=32, least_bytes=MIB, caches=0, windows=7, window_s=0)
+    sizes = replace(SMALL, limit=LIMIT)
     said = r"^memory, copy: the spread of 7 windows is \d\.\d+ of their median, above 0.3, 3 times in a row: stop "
     with pytest.raises(ValueError, match=said) as error:
         measure_ceilings(device, sizes=sizes)
