@@ -1,12 +1,13 @@
-"""What a device gives at most, as a roofline asks: arithmetic by kind of numbers, memory, and what starting an op costs.
+"""What a device gives at most, as a roofline asks: arithmetic by kind of numbers, memory, what starting an op costs.
 
 From a data sheet (sheets.py), from a CPU's own description, or measured on the very device. No torch here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Kinds of numbers that products are computed in, as a roofline's ceilings are named.
@@ -82,3 +83,76 @@ class Ceilings:
             "sparse24": self.sparse24,
             "watts": self.watts,
         }
+
+
+def ceilings_from_json(value: object) -> Ceilings:
+    """What `Ceilings.as_json` wrote, and nothing else; ValueError names the first thing that is missing, too much or of
+    another type."""
+    told = _object(value, "ceilings", _FIELDS)
+    if told["dense"] is not True:
+        raise ValueError(f"dense: {told['dense']!r} is not true")
+    if unknown := set(_object(told["compute"], "compute")) - set(COMPUTE):
+        raise ValueError(f"compute: {min(unknown)!r} is not one of {', '.join(COMPUTE)}")
+    return Ceilings(
+        _text(told["device"], "device"),
+        _rate(told["memory"], "memory"),
+        _rates(told["compute"], "compute"),
+        _whole(told["memory_bytes"], "memory_bytes"),
+        _whole(told["cache_bytes"], "cache_bytes"),
+        _rates(told["gemv"], "gemv"),
+        _rates(told["products"], "products"),
+        None if told["launch"] is None else _rate(told["launch"], "launch"),
+        _positive(told["sparse24"], "sparse24"),
+        None if told["watts"] is None else _positive(told["watts"], "watts"),
+    )
+
+
+_FIELDS = (
+    *("device", "dense", "memory", "compute", "gemv", "products", "launch"),
+    *("memory_bytes", "cache_bytes", "sparse24", "watts"),
+)
+_RATE_FIELDS = ("value", "source", "measured", "quoted", "spread")
+
+
+def _rates(value: object, where: str) -> dict[str, Rate]:
+    return {name: _rate(each, f"{where}.{name}") for name, each in _object(value, where).items()}
+
+
+def _rate(value: object, where: str) -> Rate:
+    told = _object(value, where, _RATE_FIELDS)
+    spread = told["spread"]
+    if spread is not None and (spread != 0 or isinstance(spread, bool)):
+        spread = _positive(spread, f"{where}.spread")
+    for name in ("measured", "quoted"):
+        if not isinstance(told[name], bool):
+            raise ValueError(f"{where}.{name}: {told[name]!r} is neither true nor false")
+    rate = Rate(_positive(told["value"], f"{where}.value"), _text(told["source"], f"{where}.source"), told["quoted"])
+    if told["measured"] is not (spread is not None):
+        raise ValueError(f"{where}.measured: {told['measured']} does not go with a spread of {spread}")
+    return replace(rate, spread=spread)
+
+
+def _object(value: object, where: str, fields: tuple[str, ...] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{where}: {type(value).__name__} is not an object")
+    if fields is not None and set(value) != set(fields):
+        raise ValueError(f"{where}: {', '.join(sorted(set(value) ^ set(fields)))} missing, or too much")
+    return value
+
+
+def _positive(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{where}: {value!r} is not a number above 0")
+    return float(value)
+
+
+def _whole(value: object, where: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{where}: {value!r} is not a whole number above 0")
+    return value
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{where}: {value!r} is not a text")
+    return value

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .cpu_peaks import cpu_peaks
 from .device import PEAKS, Peak
 from .memory import available_memory, total_memory
 
@@ -45,9 +46,9 @@ class CpuDevice:
         return PeakMemory(held)
 
     def peaks(self) -> dict[str, Peak | None]:
-        """None are known: a CPU names its instructions, but neither how many of them it starts in a cycle nor its clock
-        under load, nor what its memory gives."""
-        return dict.fromkeys(PEAKS)
+        """Derived from its instructions, its cores that this process may use and its clock (cpu_peaks.py); what its
+        memory gives it does not tell."""
+        return dict.fromkeys(PEAKS) | cpu_peaks()
 
 
 def cpu_flags() -> frozenset[str]:

@@ -5,38 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .accelerator import AllocatorPeak, EventTimer
 from .device import PEAKS, Peak
-
-
-class _Sheet(NamedTuple):
-    """Of a data sheet: 10^12 dense operations a second, half of what it states where it states "with sparsity".
-
-    multiprocessors   of the whole GPU; a slice of it (MIG) has fewer, and is not what the sheet is about
-    half              float16 and bfloat16, summed in float32
-    """
-
-    multiprocessors: int
-    float32: float
-    half: float
-    int8: float
-    source: str
-
-
-_A100 = _Sheet(108, 19.5, 312, 624, "NVIDIA A100 data sheet")
-# By the name that torch gives.
-_SHEETS = {
-    "NVIDIA A100-SXM4-40GB": _A100,
-    "NVIDIA A100-SXM4-80GB": _A100,
-    "NVIDIA H100 80GB HBM3": _Sheet(132, 67, 989.5, 1979, "NVIDIA H100 SXM data sheet"),
-    "NVIDIA H200": _Sheet(132, 67, 989.5, 1979, "NVIDIA H200 SXM data sheet"),
-    "NVIDIA L4": _Sheet(58, 30.3, 121, 242.5, "NVIDIA L4 data sheet"),
-    "NVIDIA GeForce RTX 4090": _Sheet(128, 82.6, 165.2, 660.6, "NVIDIA Ada architecture paper"),
-}
+from .sheets import sheet_of_gpu
 
 
 def count() -> int:
@@ -122,10 +97,9 @@ class CudaDevice:
     def peaks(self) -> dict[str, Peak | None]:
         has = torch.cuda.get_device_properties(self.torch_device)
         peaks: dict[str, Peak | None] = dict.fromkeys(PEAKS)
-        sheet = _SHEETS.get(has.name)
-        if sheet is not None and sheet.multiprocessors == has.multi_processor_count:
-            rates = {"float32": sheet.float32, "float16": sheet.half, "bfloat16": sheet.half, "int8": sheet.int8}
-            peaks |= {name: Peak(rate * 1e12, sheet.source) for name, rate in rates.items()}
+        sheet = sheet_of_gpu(has.name, has.multi_processor_count)
+        if sheet is not None:
+            peaks |= {kind: Peak(rate.value, rate.source) for kind, rate in sheet.compute.items() if kind in PEAKS}
         clock, width = getattr(has, "memory_clock_rate", 0), getattr(has, "memory_bus_width", 0)  # kHz, bits
         if clock and width:  # torch before 2.7 does not tell
             peaks["memory"] = Peak(2 * clock * 1e3 * width / 8, "memory clock and bus width, as the driver has them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from .backends.ascend import AscendDevice
 from .backends.device import Device, Peak, detect, refusals
 from .backends.energy.probes import survey
+from .bench.roofline.ceilings import cache_bytes, kept_ceilings
 from .config import default_cache
 from .kernels.ascend.schemas import drift, release
 from .kernels.limits import peaks, read_bandwidth
@@ -21,12 +23,15 @@ from .machine import described, environment
 
 _EXTRAS = {
     "peft": ("train", "LoRA, LoKU, the assistant of ULD"),
+    "stable-baselines3": ("rl", "train the agent of early exits"),
+    "lm-eval": ("eval", "tasks of lm-evaluation-harness"),
     "compressed-tensors": ("ct", "check exports in stock transformers"),
     "gptqmodel": ("gptq", "read GPTQ checkpoints through their own library"),
     "bitsandbytes": ("bnb", "NF4 and int8 as peers"),
     "triton": ("cuda", "CUDA kernels"),
     "torch-npu": ("ascend", "Ascend NPUs"),
 }
+_COMPILER = "Install a C++ compiler and install remanence again, or install a wheel"
 # What a packed layer may be given, in words.
 _INPUTS: dict[str, dict[str, Any]] = {
     "x in float32": {"dtype": torch.float32},
@@ -45,7 +50,7 @@ def diagnose() -> dict[str, Any]:
     return {
         **environment(),
         "kernel_isas": available_isas(),
-        "devices": {each.name: _device(each) for each in found},
+        "devices": {each.name: _device(each, cache) for each in found},
         "missing_devices": {kind: ". ".join(why) for kind, why in refusals().items()},
         "energy": _energy(),
         "cache": str(cache),
@@ -54,17 +59,34 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def _device(each: Device) -> dict[str, Any]:
+def _device(each: Device, cache: Path) -> dict[str, Any]:
     choices = {name: _choice(Case(each.kind, **case)) for name, case in _INPUTS.items()}
+    told = each.peaks()
     measured = _measured() if each.kind == "cpu" else {}
     return {
         **each.info(),
         "summary": described(each),
         "free_bytes": each.free_memory(),
-        "peaks": {name: None if peak is None else asdict(peak) for name, peak in (each.peaks() | measured).items()},
+        "cache_bytes": cache_bytes(each),
+        "peaks": {name: _as_json(peak) for name, peak in (told | measured).items()},
+        "peaks_by_description": {name: _as_json(peak) for name, peak in told.items()},
+        "ceilings": _ceilings(each, cache),
         "kernels": {name: asdict(choice) for name, choice in choices.items()},
         **(_ascend() if isinstance(each, AscendDevice) else {}),
     }
+
+
+def _as_json(peak: Peak | None) -> dict[str, Any] | None:
+    return None if peak is None else asdict(peak)
+
+
+def _ceilings(each: Device, cache: Path) -> dict[str, Any]:
+    """Those of a roofline, if they were measured before; what is wrong with a file that is not used."""
+    wrong: list[str] = []
+    kept = kept_ceilings(each, cache, wrong.append)
+    if kept is None:
+        return {"measured": None, "path": None, "reason": wrong[0] if wrong else "not measured yet"}
+    return {"measured": kept.measured, "path": str(kept.path), "reason": None}
 
 
 def _choice(case: Case) -> Choice:
@@ -111,7 +133,8 @@ def show(found: dict[str, Any]) -> None:
     )
     for name, device in found["devices"].items():
         _show_device(name, device)
-    print(f"native   {', '.join(found['kernel_isas']) or 'not built: plain torch computes'}")
+    built = ", ".join(found["kernel_isas"])
+    print(f"native   {built or f'not built: plain torch computes. {_COMPILER}'}")
     for name, reason in found["missing_devices"].items():
         print(f"{name:<8} none: {reason}")
     for probe in found["energy"]["probes"]:
@@ -132,10 +155,16 @@ def _show_device(name: str, device: dict[str, Any]) -> None:
     print(f"{name:<8} {device['summary']}, {device['free_bytes'] / 2**30:.1f} GiB free{driver}")
     known = {peak: rate for peak, rate in device["peaks"].items() if rate is not None}
     for peak, rate in known.items():
-        shown = f"{rate['value'] / 1e9:.0f} GB/s" if peak == "memory" else f"{rate['value'] / 1e12:.3g} T operations/s"
-        print(f"  peak   {peak}: {shown} ({rate['source']})")
+        described = device["peaks_by_description"][peak]
+        beside = "" if described in (None, rate) else f"; {_rate(peak, described['value'])} {described['source']}"
+        print(f"  peak   {peak}: {_rate(peak, rate['value'])} ({rate['source']}{beside})")
     if not known:
         print("  peaks  not known from the device itself")
+    size = device["cache_bytes"]
+    print(f"  cache  last level: {f'{size / 2**20:.0f} MiB' if size else 'not known'}")
+    kept = device["ceilings"]
+    when = kept["reason"] or f"measured {kept['measured']}, kept in {kept['path']}"
+    print(f"  roofline ceilings: {when}")
     if "drift" in device:
         changes = [f"{operator} {change}" for operator, change in device["drift"].items()]
         print(f"  operators beside torch-npu {device['known_release']}: {'; '.join(changes) or 'the same'}")
@@ -146,3 +175,7 @@ def _show_device(name: str, device: dict[str, Any]) -> None:
         reasons.setdefault(reason, []).append(kernel)
     for reason, kernels in reasons.items():
         print(f"  not    {', '.join(kernels)}: {reason}")
+
+
+def _rate(peak: str, value: float) -> str:
+    return f"{value / 1e9:.0f} GB/s" if peak == "memory" else f"{value / 1e12:.3g} T operations/s"

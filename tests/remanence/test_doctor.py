@@ -7,7 +7,11 @@ import sys
 
 import pytest
 import torch
+from remanence.backends.ceilings import Ceilings, Rate
+from remanence.backends.cpu import CpuDevice
 from remanence.backends.cuda import CudaDevice
+from remanence.backends.device import Peak
+from remanence.bench.roofline.ceilings import ceilings_of
 from remanence.kernels import ops
 
 from remanence.doctor import diagnose, show
@@ -63,11 +67,59 @@ def test_in_words(capsys):
     assert any(line.startswith("  torch-npu ") and "Ascend NPUs" in line for line in lines)
 
 
+def test_what_the_cpu_says_of_itself_stands_beside_what_is_measured(capsys, monkeypatch):
+    peak = Peak(144e9, "derived: 2 cores x 2.25 GHz")
+    monkeypatch.setattr(CpuDevice, "peaks", lambda _: {"float32": peak, "bfloat16": peak, "int8": None, "memory": None})
+    monkeypatch.setattr("remanence.doctor.peaks", lambda: {"float32": 207e9, "int8": 4e11})
+    monkeypatch.setattr("remanence.doctor.read_bandwidth", lambda: 3e10)
+    monkeypatch.setattr("remanence.doctor.cache_bytes", lambda _: 32 * 2**20)
+    found = diagnose()
+    show(found)
+    lines = capsys.readouterr().out.splitlines()
+    now = f"measured now, {torch.get_num_threads()} threads"
+    for line in (
+        f"  peak   float32: 0.207 T operations/s ({now}; 0.144 T operations/s derived: 2 cores x 2.25 GHz)",
+        "  peak   bfloat16: 0.144 T operations/s (derived: 2 cores x 2.25 GHz)",
+        f"  peak   int8: 0.4 T operations/s ({now})",
+        f"  peak   memory: 30 GB/s ({now})",
+        "  cache  last level: 32 MiB",
+    ):
+        assert line in lines
+    assert found["devices"]["cpu"]["peaks"]["float32"]["value"] == 207e9
+
+
+def test_ceilings_that_are_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("REMANENCE_CACHE", str(tmp_path))
+    cpu = CpuDevice()
+    measured = Ceilings(cpu.info()["name"], Rate(1e10, "measured: copy", spread=0.1), {})
+    monkeypatch.setattr("remanence.bench.roofline.ceilings.measure_ceilings", lambda *_: measured)
+    show(diagnose())
+    assert "roofline ceilings: not measured yet" in capsys.readouterr().out
+    ceilings_of(cpu, tmp_path)
+    (path,) = (tmp_path / "ceilings").iterdir()
+    show(diagnose())
+    assert f"kept in {path}" in capsys.readouterr().out
+    assert diagnose()["devices"]["cpu"]["ceilings"]["measured"].startswith("20")
+    path.write_text("{")
+    show(diagnose())
+    assert f"roofline ceilings: {path}: not used: " in capsys.readouterr().out
+
+
+def test_what_is_missing_has_its_remedy(capsys):
+    found = diagnose()
+    found["kernel_isas"], found["optional"] = [], dict.fromkeys(found["optional"])
+    show(found)
+    text = capsys.readouterr().out
+    assert "native   not built: plain torch computes. Install a C++ compiler and install remanence again" in text
+    for extra in ("train", "rl", "eval", "ct", "gptq", "bnb", "cuda", "ascend"):
+        assert f"missing: pip install remanence[{extra}]" in text
+
+
 class Properties:
     """What torch tells of a GPU."""
 
     name, multi_processor_count, major, minor, total_memory = "NVIDIA H200", 132, 9, 0, 141 * 2**30
-    memory_clock_rate, memory_bus_width = 3_201_000, 6144
+    memory_clock_rate, memory_bus_width, L2_cache_size = 3_201_000, 6144, 50 * 2**20
 
 
 def test_a_gpu_in_words(capsys, monkeypatch):
@@ -81,6 +133,7 @@ def test_a_gpu_in_words(capsys, monkeypatch):
     assert "NVIDIA H200, compute capability 9.0, 141.0 GiB, 100.0 GiB free" in text
     assert "bfloat16: 990 T operations/s (NVIDIA H200 SXM data sheet)" in text
     assert "memory: 4917 GB/s" in text
+    assert "cache  last level: 50 MiB" in text
     assert "kernel x in bfloat16: reference" in text
     assert "triton: Triton is not installed" in text
 
