@@ -30,6 +30,10 @@ BENCHES = {
         "early_exit",
         "leaving early: beside frozen states, quality by depth and policy, seconds and joules with a KV cache, leaks",
     ),
+    "roofline": (
+        "roofline_points",
+        "the roofline beside closed forms, saved files, the clock of this CPU, and LLM-Viewer's counts",
+    ),
     "evaluation": ("evaluation", "TOFU's whole evaluation in batches beside the same work one example at a time"),
     "streaming": ("streaming", "a model twice as large as its memory: compressed, killed, resumed, and as predicted"),
     "startup": ("startup", "seconds until `--help` and `import remanence` are done"),

@@ -27,7 +27,8 @@ def bench(
         typer.Option(
             help="ptq: of quality, layers, recovery; w4a4: of quality, recovery; perp: of quality, cost, recovery; "
             "mixed: of quality, sources; kernels: of linear, model, gpu; "
-            "ascend: of operators, device, schemas, wheel; early-exit: of gold, quality, speed, energy, leak."
+            "ascend: of operators, device, schemas, wheel; early-exit: of gold, quality, speed, energy, leak; "
+            "roofline: of walk, stored, measured, viewer."
         ),
     ] = None,
     peers: Annotated[bool, typer.Option(help="ptq: beside others' tools, in environments of their own.")] = True,

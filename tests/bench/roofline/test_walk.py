@@ -1,125 +1,13 @@
 """The walk against sums that anyone can write down from a model's published dimensions."""
 
-import math
 import time
-from dataclasses import dataclass
 
 import pytest
 import torch
+from remanence.bench.roofline.published import MODELS
 from remanence.bench.roofline.walk import walk
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
-    MixtralConfig,
-    OPTConfig,
-    Qwen3Config,
-)
-
-
-@dataclass
-class Published:
-    """Dimensions as the makers publish them, and the config that has them."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    vocabulary: int
-    tied: bool
-    gated: bool = True
-    experts: tuple[int, int] = (1, 1)
-    window: int | None = None
-    windowed: int = 0  # layers with a window
-    norms: int = 0  # parameters beside matrices
-    router: int = 0
-
-
-LLAMA2 = Published(4096, 32, 32, 32, 128, 11008, 32000, False, norms=65 * 4096)
-LLAMA31 = Published(4096, 32, 32, 8, 128, 14336, 128256, False, norms=65 * 4096)
-QWEN3 = Published(1024, 28, 16, 8, 128, 3072, 151936, True, norms=57 * 1024 + 28 * 2 * 128)
-# Biases of attention and feed-forward part, two norms with biases, and one at the end.
-_OPT_BESIDE = 32 * (4 * 2560 + 10240 + 2560 + 4 * 2560) + 2 * 2560
-OPT = Published(2560, 32, 32, 32, 80, 10240, 50272, True, gated=False, norms=_OPT_BESIDE)
-MIXTRAL = Published(4096, 32, 32, 8, 128, 14336, 32000, False, experts=(8, 2), norms=65 * 4096, router=32 * 8 * 4096)
-GEMMA3 = Published(
-    1152, 26, 4, 1, 256, 6912, 262144, True, window=512, windowed=22, norms=26 * (4 * 1152 + 2 * 256) + 1152
-)
-
-
-def llama(of: Published) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=of.hidden,
-        intermediate_size=of.inner,
-        num_hidden_layers=of.layers,
-        num_attention_heads=of.heads,
-        num_key_value_heads=of.kv_heads,
-        vocab_size=of.vocabulary,
-        tie_word_embeddings=of.tied,
-    )
-
-
-CONFIGS = {
-    "Llama-2-7B": (LLAMA2, llama(LLAMA2)),
-    "Llama-3.1-8B": (LLAMA31, llama(LLAMA31)),
-    "Qwen3-0.6B": (
-        QWEN3,
-        Qwen3Config(
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            tie_word_embeddings=True,
-        ),
-    ),
-    "OPT-2.7B": (
-        OPT,
-        OPTConfig(
-            hidden_size=2560,
-            word_embed_proj_dim=2560,
-            ffn_dim=10240,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            vocab_size=50272,
-        ),
-    ),
-    "Mixtral-8x7B": (
-        MIXTRAL,
-        MixtralConfig(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=32000,
-            num_local_experts=8,
-            num_experts_per_tok=2,
-            sliding_window=None,
-        ),
-    ),
-    "Gemma-3-1B": (
-        GEMMA3,
-        Gemma3TextConfig(
-            hidden_size=1152,
-            intermediate_size=6912,
-            num_hidden_layers=26,
-            num_attention_heads=4,
-            num_key_value_heads=1,
-            head_dim=256,
-            vocab_size=262144,
-            sliding_window=512,
-            tie_word_embeddings=True,
-        ),
-    ),
-}
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig
 
 
 def skeleton(config, dtype=torch.bfloat16):
@@ -127,63 +15,48 @@ def skeleton(config, dtype=torch.bfloat16):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def matrices(of: Published) -> int:
-    """Weights of a layer's attention and of one expert's (or the only) feed-forward part."""
-    return _attention(of) + _feed_forward(of)
-
-
-def _attention(of: Published) -> int:
-    return of.hidden * of.head_dim * (2 * of.heads + 2 * of.kv_heads)
-
-
-def _feed_forward(of: Published) -> int:
-    return (3 if of.gated else 2) * of.hidden * of.inner
-
-
-def flops(of: Published, batch: int, tokens: int, context: int, heads: int) -> float:
-    """2 for each weight that a token meets, 4 x head size for a pair of query and key; the head for `heads` tokens."""
-    _, chosen = of.experts
-    each = of.layers * (_attention(of) + chosen * _feed_forward(of)) + of.router
-    seen = sum(context + i + 1 for i in range(tokens))
-    inside = sum(min(context + i + 1, of.window or math.inf) for i in range(tokens))
-    pairs = (of.layers - of.windowed) * seen + of.windowed * inside
-    return batch * (2 * each * tokens + 4 * of.heads * of.head_dim * pairs + 2 * heads * of.hidden * of.vocabulary)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_products_and_weights_are_those_of_the_published_dimensions(name, batch):
-    of, config = CONFIGS[name]
-    model = skeleton(config)
+    of = MODELS[name]
+    model = skeleton(of.made())
     start = time.perf_counter()
     prefill, decode = walk(model, batch, 1024, context=2047)
     assert time.perf_counter() - start < 5
-    assert prefill.total("flops") == pytest.approx(flops(of, batch, 1024, 0, 1), rel=1e-3)
-    assert decode.total("flops") == pytest.approx(flops(of, batch, 1, 2047, 1), rel=1e-3)
-    assert not decode.uncounted
-    assert not prefill.uncounted
+    assert prefill.total("flops") == pytest.approx(of.flops(batch, 1024, 0), rel=1e-3)
+    assert decode.total("flops") == pytest.approx(of.flops(batch, 1, 2047), rel=1e-3)
+    assert not (*prefill.uncounted, *decode.uncounted)
+    assert decode.total("weight_bytes") == pytest.approx(2 * of.read(batch), rel=1e-12)
+    assert decode.total("kv_read") == 2 * batch * of.kv(2048) == decode.cache_bytes(2048)
+    assert decode.total("kv_written") == 2 * batch * of.layers * 2 * of.kv_heads * of.head_dim
 
-    parameters = {id(p): p.numel() * 2 for p in model.parameters()}
+    # The parameters of the model itself, those counted that are no table of which rows are fetched.
     embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is embedding
-    assert tied == of.tied
-    read = sum(parameters.values()) - (0 if tied else embedding.numel() * 2)
-    if name.startswith("OPT"):  # rows of positions are fetched as rows of tokens are
-        read -= model.model.decoder.embed_positions.weight.numel() * 2
-    experts, chosen = of.experts
-    idle = experts * (1 - chosen / experts) ** batch
-    read -= round(of.layers * idle * _feed_forward(of) * 2) if experts > 1 else 0
-    assert decode.total("weight_bytes") == pytest.approx(read, rel=0 if experts == 1 else 1e-12)
-    # And by hand, that the config is the published one.
-    by_hand = of.layers * (_attention(of) + (experts - idle if experts > 1 else 1) * _feed_forward(of))
-    by_hand += of.vocabulary * of.hidden + of.norms + of.router
-    assert read == pytest.approx(2 * by_hand, rel=1e-9)
+    tables = [] if of.tied else [embedding]
+    if name == "OPT-2.7B":
+        tables.append(model.model.decoder.embed_positions.weight)
+    held = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in tables)
+    idle = of.experts[0] * (1 - of.experts[1] / of.experts[0]) ** batch
+    held -= of.layers * idle * of.feed_forward if of.experts[0] > 1 else 0
+    assert decode.total("weight_bytes") == 2 * held
 
-    kept = 2 * 2 * of.kv_heads * of.head_dim * batch
-    seen = (of.layers - of.windowed) * 2048 + of.windowed * min(2048, of.window or 2048)
-    assert decode.total("kv_read") == kept * seen
-    assert decode.total("kv_written") == kept * of.layers
-    assert decode.cache_bytes(2048) == kept * seen
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Mixtral-8x7B", "Gemma-3-1B"])
+def test_a_batch_is_reckoned_from_one_sequence(name):
+    model = skeleton(MODELS[name].made())
+    one, eight = walk(model, 1, 16, context=700), walk(model, 8, 16, context=700)
+    for mine, walked in zip(one, eight, strict=True):
+        mine = mine.with_batch(8)
+        assert (mine.batch, mine.cached, mine.attention) == (
+            8,
+            pytest.approx(walked.cached, rel=1e-6),
+            walked.attention,
+        )
+        assert mine.workspace == pytest.approx(walked.workspace, rel=0.05)
+        for a, b in zip(mine.parts, walked.parts, strict=True):
+            assert (a.module, a.kind, a.ops, a.rows) == (b.module, b.kind, b.ops, b.rows)
+            for number in ("flops", "weight_bytes", "kv_read", "kv_written", "activation_bytes"):
+                assert getattr(a, number) == pytest.approx(getattr(b, number), rel=1e-9)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
