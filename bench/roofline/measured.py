@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import ascend
@@ -22,11 +20,8 @@ from ...backends.ceilings import COMPUTE, Ceilings, Rate
 from ...backends.cpu_peaks import last_level_cache
 from ...backends.device import Device
 from ...backends.sheets import Sheet, sheet_named
-from ...compress.linear import QuantLinear
-from ...compress.spec import ActivationSpec, QuantSpec
-from ...compress.walk import storage_dtype
 from ...kernels import limits, ops
-from ...kernels.registry import Case, explain
+from .weights import DENSE, KINDS, MATRIX, PACKED, Form, Weight, forms_of, matrix_forms
 from .windows import LIMIT, Windows
 
 _log = logging.getLogger(__name__)
@@ -35,18 +30,6 @@ _SLOW = 0.05  # seconds of a call
 _FAST = 2e-4  # less, and starting the call would be a good part of it on a GPU
 _LEAST = 512  # features that are not halved
 _LAUNCHES = 1000
-_FLOAT8 = (8, 9)  # least compute capability whose tensor cores multiply it
-_DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MATRIX = {"_int_mm": torch.int8, "_scaled_mm": torch.float8_e4m3fn}
-_KINDS = {dtype: kind for kind, dtype in _DENSE.items()} | {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
-# Bits of the weight, features that share a scale (None: a row's), bits of x (None: it is not rounded).
-_PACKED: dict[str, tuple[int, int | None, int | None]] = {
-    "w4a16": (4, 128, None),
-    "w8a16": (8, 128, None),
-    "w8a8": (8, None, 8),
-    "w4a8": (4, None, 8),
-    "w4a4": (4, None, 4),
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +73,7 @@ def measure_ceilings(device: Device, say: Callable[[str], None] = _log.info, siz
 def _measured(bench: _Bench) -> Ceilings:
     info, sheet = bench.device.info(), _sheet(bench.device)
     ways = _memory(bench)
-    forms = _forms(bench)
+    forms = forms_of(bench.device, bench.sizes.features, bench.say)
     gemv = _products(bench, forms, _one_row)
     products = _products(bench, forms, _many_rows)
     compute = _compute(bench, forms, products)
@@ -171,22 +154,7 @@ def _memory(bench: _Bench) -> dict[str, Rate]:
     return found
 
 
-class _Weight(NamedTuple):
-    """bytes: as it is stored on the device; multiply: x [M, features] -> [M, features]."""
-
-    bytes: int
-    multiply: Callable[[Tensor], object]
-
-
-class _Form(NamedTuple):
-    """A way to keep weights. make: `count` of them with so many features in and out; dtype: of x."""
-
-    make: Callable[[int, int], Iterator[_Weight]]
-    dtype: torch.dtype
-    told: str
-
-
-def _products(bench: _Bench, forms: dict[str, _Form], product: Callable[[_Bench, str, _Form], Rate]) -> dict[str, Rate]:
+def _products(bench: _Bench, forms: dict[str, Form], product: Callable[[_Bench, str, Form], Rate]) -> dict[str, Rate]:
     """By how weights are kept; product: _one_row or _many_rows."""
     found = {}
     for name, form in forms.items():
@@ -197,65 +165,7 @@ def _products(bench: _Bench, forms: dict[str, _Form], product: Callable[[_Bench,
     return found
 
 
-def _forms(bench: _Bench) -> dict[str, _Form]:
-    forms = {name: _Form(_dense(bench.at, dtype), dtype, "torch's product") for name, dtype in _DENSE.items()}
-    for name, (bits, group, act) in _PACKED.items():
-        size = bench.sizes.features
-        refusals = []
-        for dtype in (torch.bfloat16, torch.float16):
-            try:
-                kernel = explain(Case(bench.device.kind, dtype, bits, group or size, act, size, size)).kernel
-            except ValueError as refusal:
-                refusals.append(str(refusal))
-                continue
-            if kernel == "reference":
-                refusals.append("plain torch would compute it")
-                continue
-            forms[name] = _Form(_packed(bench.at, dtype, bits, group, act), dtype, f"this package's {kernel}")
-            break
-        else:
-            bench.say(f"{name}: not measured: {refusals[0]}")
-    return forms
-
-
-def _dense(at: torch.device, dtype: torch.dtype) -> Callable[[int, int], Iterator[_Weight]]:
-    def make(features: int, count: int) -> Iterator[_Weight]:
-        first = torch.randn(features, features, device=at, dtype=dtype)
-        for index in range(count):
-            w = first.clone() if index else first
-            yield _Weight(w.nbytes, lambda x, w=w: F.linear(x, w))  # type: ignore[misc]
-
-    return make
-
-
-def _packed(
-    at: torch.device, dtype: torch.dtype, bits: int, group: int | None, act: int | None
-) -> Callable[[int, int], Iterator[_Weight]]:
-    # On an NPU the grid that its operators round on.
-    activation = None if act is None else ActivationSpec(act, narrow=at.type == ascend.NAME)
-    spec = QuantSpec(bits, group)
-
-    def make(features: int, count: int) -> Iterator[_Weight]:
-        codes = torch.randint(0, 256, (features, ops.packed_width(features, bits)), dtype=torch.uint8, device=at)
-        kept = storage_dtype(torch.empty(0, dtype=dtype))
-        scale = torch.full((features, spec.groups(features)), 0.01, dtype=kept, device=at)
-        for _ in range(count):
-            layer = QuantLinear(spec, features, codes.clone(), scale.clone(), None, None, activation)
-            layer.prepack_()
-            layer(torch.zeros(1, features, dtype=dtype, device=at))  # some are laid out at their first call
-            yield _Weight(_stored(layer), layer)
-
-    return make
-
-
-def _stored(layer: QuantLinear) -> int:
-    """Bytes of the weight as its kernel reads it."""
-    if layer.laid is not None:
-        return sum(part.nbytes for part in layer.laid.parts) + layer.laid.scale.nbytes
-    return sum(buffer.nbytes for buffer in layer.buffers())
-
-
-def _fitting(bench: _Bench, form: _Form, rows: int) -> tuple[Tensor, _Weight]:
+def _fitting(bench: _Bench, form: Form, rows: int) -> tuple[Tensor, Weight]:
     """x [rows, features] and a weight of which a call takes neither too long nor hardly any time."""
     sizes, features = bench.sizes, bench.sizes.features
     while True:
@@ -272,7 +182,7 @@ def _fitting(bench: _Bench, form: _Form, rows: int) -> tuple[Tensor, _Weight]:
             return x, weight
 
 
-def _one_row(bench: _Bench, name: str, form: _Form) -> Rate:
+def _one_row(bench: _Bench, name: str, form: Form) -> Rate:
     """Bytes of weights a second: more of them than a cache holds take turns."""
     x, weight = _fitting(bench, form, 1)
     features = x.shape[-1]
@@ -286,7 +196,7 @@ def _one_row(bench: _Bench, name: str, form: _Form) -> Rate:
     return bench.windows.rate(f"{name}, one row", sum(each.bytes for each in weights), turn, told)
 
 
-def _many_rows(bench: _Bench, name: str, form: _Form) -> Rate:
+def _many_rows(bench: _Bench, name: str, form: Form) -> Rate:
     """Operations a second."""
     x, weight = _fitting(bench, form, bench.sizes.rows)
     rows, features = x.shape
@@ -294,19 +204,19 @@ def _many_rows(bench: _Bench, name: str, form: _Form) -> Rate:
     return bench.windows.rate(f"{name}, {rows} rows", 2 * rows * features**2, lambda: weight.multiply(x), told)
 
 
-def _compute(bench: _Bench, forms: dict[str, _Form], products: dict[str, Rate]) -> dict[str, Rate]:
+def _compute(bench: _Bench, forms: dict[str, Form], products: dict[str, Rate]) -> dict[str, Rate]:
     """Operations a second by kind: of the fastest among its products and, on a CPU, its instructions by themselves."""
     found: dict[str, dict[str, Rate]] = {kind: {} for kind in COMPUTE}
     for name, rate in products.items():
-        if name in _DENSE:
+        if name in DENSE:
             found[name][name] = rate
-        elif _PACKED[name][2] is None:
-            found[_KINDS[forms[name].dtype]][name] = rate
+        elif PACKED[name][2] is None:
+            found[KINDS[forms[name].dtype]][name] = rate
         elif not (name == "w4a4" and bench.device.kind == ascend.NAME):  # whose operator multiplies int4 as such
             found["int8"][name] = rate
-    extra = _products(bench, _matrix_forms(bench), _many_rows)
+    extra = _products(bench, matrix_forms(bench.device), _many_rows)
     for name, rate in extra.items():
-        found[_KINDS[_MATRIX[name]]][name] = rate
+        found[KINDS[MATRIX[name]]][name] = rate
     for kind, rates in _probes(bench).items():
         found[kind] |= rates
     return {kind: _fastest(rates, 1e12, "T operations/s") for kind, rates in found.items() if rates}
@@ -318,32 +228,6 @@ def _fastest(rates: dict[str, Rate], unit: float, unit_name: str) -> Rate:
     others = ", ".join(f"{name} {rate.value / unit:.3g}" for name, rate in rates.items() if name != best)
     told = f"{rates[best].source}: {best}" + (f", before {others} {unit_name}" if others else "")
     return replace(rates[best], source=told)
-
-
-def _matrix_forms(bench: _Bench) -> dict[str, _Form]:
-    """Products in bytes, for which torch has functions of their own."""
-    forms = {"_int_mm": _Form(_bytes(bench.at, torch._int_mm, torch.int8), torch.int8, "torch._int_mm")}
-    capability = bench.device.info().get("capability")
-    if capability is not None and tuple(map(int, capability.split("."))) >= _FLOAT8:
-        one = torch.ones((), device=bench.at)
-
-        def scaled(x: Tensor, w: Tensor) -> Tensor:
-            return torch._scaled_mm(x, w, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-
-        float8 = _MATRIX["_scaled_mm"]
-        forms["_scaled_mm"] = _Form(_bytes(bench.at, scaled, float8), float8, "torch._scaled_mm")
-    return forms
-
-
-def _bytes(
-    at: torch.device, product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
-) -> Callable[[int, int], Iterator[_Weight]]:
-    def make(features: int, count: int) -> Iterator[_Weight]:
-        for _ in range(count):
-            w = torch.randn(features, features, device=at).to(dtype)
-            yield _Weight(w.nbytes, lambda x, w=w: product(x, w.t()))  # type: ignore[misc]
-
-    return make
 
 
 def _probes(bench: _Bench) -> dict[str, dict[str, Rate]]:

@@ -11,7 +11,7 @@ from remanence.backends.ceilings import Ceilings, Rate, ceilings_from_json
 from remanence.backends.cpu import CpuDevice
 from remanence.backends.sheets import SHEETS
 from remanence.bench.roofline import ceilings as module
-from remanence.bench.roofline import measured, windows
+from remanence.bench.roofline import measured, weights, windows
 from remanence.bench.roofline.ceilings import ceilings_of, kept_ceilings
 from remanence.bench.roofline.measured import Sizes, measure_ceilings
 from remanence.bench.roofline.windows import LIMIT, Windows
@@ -167,7 +167,7 @@ class Gpu(Clocked):
 @pytest.mark.usefixtures("probed")
 def test_what_the_sheet_adds_and_what_the_device_has_no_kernel_for(monkeypatch):
     monkeypatch.setattr(measured, "cache_bytes", lambda _: None)
-    monkeypatch.setattr(measured, "explain", no_kernel)
+    monkeypatch.setattr(weights, "explain", no_kernel)
     said = []
     found = measure_ceilings(Gpu(itertools.repeat(TICK)), said.append, SMALL)
     sheet = SHEETS["L4"]
