@@ -249,6 +249,7 @@ def _ceiling_rows(ceilings: Ceilings) -> Rows:
 def viewed(seed: int = 0, context: int = 2048) -> tuple[Rows, Rows]:  # noqa: ARG001 (nothing is random here)
     """LLM-Viewer's counts of three models, one sequence of 2048 tokens, beside the walk's."""
     rows: Rows = []
+    causes: Rows = []
     worst = 0.0
     for name in _VIEWED:
         of = MODELS[name]
@@ -275,8 +276,16 @@ def viewed(seed: int = 0, context: int = 2048) -> tuple[Rows, Rows]:  # noqa: AR
                     "LLM-Viewer": difference.theirs,
                     "walk": difference.ours,
                     "off by": difference.theirs / difference.ours - 1,
-                    "because": "; ".join(f"{cause} {amount:+.3g}" for cause, amount in difference.causes.items()),
                     "unexplained": difference.residual,
                 }
             )
-    return rows, [_check("differences to LLM-Viewer that no cause explains, largest share", FLOPS, worst)]
+            causes += [
+                {
+                    "why": f"{name}, {count}",
+                    "cause": cause,
+                    "ours less theirs": amount,
+                    "of ours": amount / difference.ours,
+                }
+                for cause, amount in difference.causes.items()
+            ]
+    return rows + causes, [_check("differences to LLM-Viewer that no cause explains, largest share", FLOPS, worst)]
