@@ -46,7 +46,7 @@ _RECIPES = ("rtn-w4a16-g128", "rtn-w4a16-g128-asym", "rtn-w8a16", "rtn-w3a16-g12
 # Models that LLM-Viewer is held beside, by their names among the published ones.
 _VIEWED = ("Llama-2-7B", "Llama-3.1-8B", "Qwen3-0.6B")
 # What is measured: a prompt, tokens of the answer, sequences.
-_LOAD = (256, 33, (1, 8))
+_LOAD = (96, 17, (1, 4))
 
 
 def run(seed: int = 0, parts: Sequence[str] | None = None) -> tuple[Rows, Rows]:
@@ -173,7 +173,7 @@ def _model(
 
 
 def measured(seed: int = 0) -> tuple[Rows, Rows]:
-    """A model of 620 million parameters on this CPU, dense in float32 and bfloat16, and W4A16 by our kernels: floors by
+    """A model of 200 million parameters on this CPU, dense in float32 and bfloat16, and W4A16 by our kernels: floors by
     ceilings that are measured first, the estimate, and the clock."""
     machine = device("cpu")
     ceilings = measure_ceilings(machine)
@@ -186,7 +186,7 @@ def measured(seed: int = 0) -> tuple[Rows, Rows]:
         ("float32, W4A16 group 128", torch.float32, parse_recipe("rtn-w4a16-g128-plain")),
         ("bfloat16, W4A16 group 128", torch.bfloat16, parse_recipe("rtn-w4a16-g128-plain")),
     ):
-        model = _model(seed, dtype, layers=20, hidden=1536, inner=4096)
+        model = _model(seed, dtype, layers=16)
         bones, _ = meta_copy(model)
         dense = module_bytes(bones)
         if recipe.compresses:
