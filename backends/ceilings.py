@@ -13,6 +13,9 @@ from typing import Any
 # Kinds of numbers that products are computed in, as a roofline's ceilings are named.
 COMPUTE = ("float32", "float16", "bfloat16", "float8", "int8", "int4")
 
+# Name of the pace of attention, which has no weights.
+ATTENTION = "attention"
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -44,6 +47,24 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Of products with weights that are kept in one way, as a model makes them: between other ops.
+
+    start   seconds that one takes beyond its weights
+    rows    operations a second without that, by the rows of x
+    """
+
+    start: Rate
+    rows: Mapping[int, Rate]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "start": self.start.as_json(),
+            "rows": {str(count): rate.as_json() for count, rate in self.rows.items()},
+        }
+
+
+@dataclass(frozen=True)
 class Ceilings:
     """Of one device.
 
@@ -52,7 +73,8 @@ class Ceilings:
     gemv       bytes of weights a second that a product with one row reads, by how weights are kept ("float32",
                "bfloat16", "w4a16"); measured alone
     products   operations a second of a large product by the same names as `gemv`; measured alone
-    launch     seconds that an op takes that does nothing; measured alone
+    launch     seconds that a small op takes; measured alone
+    paces      how products go in a model, by the same names as `gemv`; measured alone
     memory_bytes, cache_bytes   of the device, and of its last-level cache; None: not known
     sparse24   how many times faster 2:4 weights are multiplied, where the device has that; 1.0 elsewhere
     watts      power that its maker allows; None: not known
@@ -68,6 +90,7 @@ class Ceilings:
     launch: Rate | None = None
     sparse24: float = 1.0
     watts: float | None = None
+    paces: Mapping[str, Pace] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -82,6 +105,7 @@ class Ceilings:
             "cache_bytes": self.cache_bytes,
             "sparse24": self.sparse24,
             "watts": self.watts,
+            "paces": {name: pace.as_json() for name, pace in self.paces.items()},
         }
 
 
@@ -104,18 +128,27 @@ def ceilings_from_json(value: object) -> Ceilings:
         None if told["launch"] is None else _rate(told["launch"], "launch"),
         _positive(told["sparse24"], "sparse24"),
         None if told["watts"] is None else _positive(told["watts"], "watts"),
+        {name: _pace(each, f"paces.{name}") for name, each in _object(told["paces"], "paces").items()},
     )
 
 
 _FIELDS = (
     *("device", "dense", "memory", "compute", "gemv", "products", "launch"),
-    *("memory_bytes", "cache_bytes", "sparse24", "watts"),
+    *("memory_bytes", "cache_bytes", "sparse24", "watts", "paces"),
 )
 _RATE_FIELDS = ("value", "source", "measured", "quoted", "spread")
 
 
 def _rates(value: object, where: str) -> dict[str, Rate]:
     return {name: _rate(each, f"{where}.{name}") for name, each in _object(value, where).items()}
+
+
+def _pace(value: object, where: str) -> Pace:
+    told = _object(value, where, ("start", "rows"))
+    rows = _rates(told["rows"], f"{where}.rows")
+    if not rows or not all(count.isdecimal() and int(count) for count in rows):
+        raise ValueError(f"{where}.rows: {', '.join(rows) or 'empty'}; expected numbers of rows")
+    return Pace(_rate(told["start"], f"{where}.start"), {int(count): rate for count, rate in rows.items()})
 
 
 def _rate(value: object, where: str) -> Rate:

@@ -39,7 +39,7 @@ from .roofline.walk import walk
 Rows = list[dict[str, Any]]
 
 # What must hold: shares of a closed form and of a file's size, seconds of a walk, a factor between estimate and clock.
-FLOPS, FILES, SECONDS, FACTOR = 1e-3, 1e-3, 5.0, 1.5
+FLOPS, FILES, SECONDS, FACTOR = 1e-3, 1e-3, 5.0, 2.0
 _PROMPT, _CONTEXT = 2048, 2047
 # Recipes whose files are weighed.
 _RECIPES = ("rtn-w4a16-g128", "rtn-w4a16-g128-asym", "rtn-w8a16", "rtn-w3a16-g128", "rtn-w8a8", "rtn-w4a8-g128")

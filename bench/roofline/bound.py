@@ -4,16 +4,19 @@ The *floor* of a part is the longer of two times: its products at the ceiling of
 its ideal bytes at the ceiling of the memory (Williams et al. 2009, doi 10.1145/1498765.1498785). Parts follow one
 another, so a pass takes their sum. An op that is no product has no floor: a kernel could do it on the way.
 
-The *estimate* is about this package and torch's own kernels as they run op by op: products at the rates that were
-measured with one row and with many, all other ops at what they read and write, and for every op what starting it takes.
+The *estimate* is about this package's and torch's own kernels as they run op by op: products at the paces that were
+measured, with as many rows and between other ops (paces.py), all other ops at what they read and write, and for every
+op what a small one takes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from ...backends.ceilings import Ceilings, Rate
+from ...backends.ceilings import ATTENTION, Ceilings, Pace, Rate
 from .work import Part, Step
 
 # Numbers that hold those of a kind: what is faster with them is a ceiling of the kind too (a CPU without instructions
@@ -86,15 +89,26 @@ def estimate_s(step: Step, ceilings: Ceilings) -> float | None:
     """Seconds that the pass will take about; None: nothing was measured that would tell."""
     if ceilings.launch is None:
         return None
-    return sum(_estimated(part, ceilings) + part.ops * ceilings.launch.value for part in step.parts)
+    return sum(_estimated(part, ceilings, ceilings.launch.value) for part in step.parts)
 
 
-def _estimated(part: Part, ceilings: Ceilings) -> float:
-    memory = ceilings.memory.value
-    if part.kind not in ("linear", "experts"):
-        return floor(part, ceilings).compute_s + part.eager_bytes / memory
-    kept = part.kept if part.kept in ceilings.gemv else ""
-    many = ceilings.products.get(kept) or ceiling(part.compute, ceilings)[1]
-    few = ceilings.gemv[kept].value if kept else memory
-    beside = max(0.0, part.eager_bytes - part.weight_bytes)
-    return max(part.flops / many.value, part.weight_bytes / few) + beside / memory
+def _estimated(part: Part, ceilings: Ceilings, launch: float) -> float:
+    moved = (part.eager_bytes - part.weight_bytes) / ceilings.memory.value
+    pace = ceilings.paces.get(part.kept)
+    if part.kind == "linear" and pace is not None and part.rows:
+        return pace.start.value + part.flops / _at(pace, part.rows) + moved
+    work = floor(part, ceilings)
+    kernel = ceilings.paces.get(ATTENTION) if part.kind == "attention" else None
+    start = 0.0 if kernel is None else kernel.start.value
+    return max(work.compute_s, part.weight_bytes / ceilings.memory.value) + moved + part.ops * launch + start
+
+
+def _at(pace: Pace, rows: float) -> float:
+    """Operations a second with so many rows: between those that were measured seconds of a weight follow a power of the
+    rows, beyond them operations a second stay."""
+    known = sorted(pace.rows)
+    for low, high in pairwise(known):
+        if low <= rows <= high:
+            share = math.log(rows / low) / math.log(high / low)
+            return pace.rows[low].value ** (1 - share) * pace.rows[high].value ** share
+    return pace.rows[known[-1]].value

@@ -21,7 +21,7 @@ from .measured import Sizes, cache_bytes, measure_ceilings
 __all__ = ["Kept", "Sizes", "cache_bytes", "ceilings_of", "kept_ceilings", "measure_ceilings"]
 
 _log = logging.getLogger(__name__)
-_SCHEMA = 1  # counts up when a figure comes to mean something else
+_SCHEMA = 3  # counts up when a figure comes to mean something else
 
 
 class Kept(NamedTuple):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ...backends.ceilings import Ceilings
 from .bound import floor
-from .speculation import expected_depth, expected_tokens
+from .load import Early
+from .speculation import expected_tokens
 from .work import Step
 
 # What a layer that is left out computes all the same, so that later tokens find its keys and values.
@@ -56,11 +57,8 @@ def _share(name: str, step: Step) -> float:
 
 def exit_s(found: Depths, histogram: Mapping[int, int]) -> float:
     """Mean seconds of a token, at least; histogram: tokens by the layers that they went through. What deciding takes is
-    not in it. ValueError for a depth that the model has not, and where there are no tokens."""
-    for depth in histogram:
-        if not 1 <= depth <= len(found.layers):
-            raise ValueError(f"histogram: depth {depth} is not from 1 to {len(found.layers)}, the model's layers")
-    expected_depth(histogram)
+    not in it. ValueError as Early.check."""
+    Early(histogram).check(len(found.layers))
     return sum(count * found.left_at(depth) for depth, count in histogram.items()) / sum(histogram.values())
 
 
@@ -70,12 +68,9 @@ def draft_s(one: Depths, many: Depths, layers: int, length: int, accept: float) 
 
     one, many   depths of a pass of one token, and of length + 1
     accept      probability that a drafted token is the whole model's
-    ValueError for numbers that make no draft.
+    ValueError as Early.check.
     """
-    if not 1 <= layers < len(one.layers):
-        raise ValueError(f"draft layers: {layers} is not from 1 to {len(one.layers) - 1}")
-    if length < 1:
-        raise ValueError(f"draft length: {length} is below 1")
+    Early(draft=(layers, length, accept)).check(len(one.layers))
     drafted = length * (one.beside + sum(one.layers[:layers]))
     verified = sum(one.layers[:layers]) + sum(many.layers[layers:]) + many.beside
     return (drafted + verified) / expected_tokens(accept, length)

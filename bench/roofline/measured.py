@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ...backends import ascend
 from ...backends.accelerator import module_of
-from ...backends.ceilings import COMPUTE, Ceilings, Rate
+from ...backends.ceilings import ATTENTION, COMPUTE, Ceilings, Pace, Rate
 from ...backends.cpu_peaks import last_level_cache
 from ...backends.device import Device
 from ...backends.sheets import Sheet, sheet_named
 from ...kernels import limits, ops
+from .paces import PaceSizes, attention_pace, pace
 from .weights import DENSE, KINDS, MATRIX, PACKED, Form, Weight, forms_of, matrix_forms
 from .windows import LIMIT, Windows
 
@@ -29,7 +30,6 @@ _log = logging.getLogger(__name__)
 _SLOW = 0.05  # seconds of a call
 _FAST = 2e-4  # less, and starting the call would be a good part of it on a GPU
 _LEAST = 512  # features that are not halved
-_LAUNCHES = 1000
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Sizes:
     least_bytes, caches   an array of the stream, and the weights that take turns together: at least so many bytes, and
                   so many times the last-level cache; never above a quarter of free memory
     windows, window_s, limit   of each figure (windows.py)
+    paces         of products between other ops (paces.py)
     """
 
     features: int = 4096
@@ -53,6 +54,7 @@ class Sizes:
     windows: int = 9
     window_s: float = 0.02
     limit: float = LIMIT
+    paces: PaceSizes = field(default_factory=PaceSizes)
 
 
 _SIZES = Sizes()
@@ -60,7 +62,7 @@ _SIZES = Sizes()
 
 @torch.no_grad()
 def measure_ceilings(device: Device, say: Callable[[str], None] = _log.info, sizes: Sizes = _SIZES) -> Ceilings:
-    """Of a device that nobody else uses meanwhile; some 20 seconds on two cores.
+    """Of a device that nobody else uses meanwhile; some 40 seconds on two cores.
 
     `say` is told what is not measured, and why. ValueError where a figure stays unsteady (which, its spread), or a CPU
     is shared, and what to do then.
@@ -79,6 +81,7 @@ def _measured(bench: _Bench) -> Ceilings:
     compute = _compute(bench, forms, products)
     if sheet is not None and "int4" in sheet.compute:  # products in it are not measured
         compute["int4"] = sheet.compute["int4"]
+    paces, launch = _paces(bench, forms)
     return Ceilings(
         info["name"],
         # What a product read from memory, memory gives.
@@ -88,9 +91,10 @@ def _measured(bench: _Bench) -> Ceilings:
         bench.cache,
         gemv,
         products,
-        _launch(bench),
+        launch,
         1.0 if sheet is None else sheet.sparse24.value,
         None if sheet is None or sheet.watts is None else sheet.watts.value,
+        paces,
     )
 
 
@@ -246,13 +250,18 @@ def _probes(bench: _Bench) -> dict[str, dict[str, Rate]]:
     return found
 
 
-def _launch(bench: _Bench) -> Rate:
-    """Seconds of an op on one element, many of them waited for together."""
-    x = torch.zeros(1, device=bench.at)
-    windows = bench.windows
-    windows.once(lambda: x.add_(1))
-    seconds, spread = windows.steady("launch", lambda: windows.times(lambda: x.add_(1), _LAUNCHES))
-    return Rate(seconds, f"measured: {_LAUNCHES} additions of one element", spread=spread)
+def _paces(bench: _Bench, forms: dict[str, Form]) -> tuple[dict[str, Pace], Rate]:
+    """By how weights are kept, and seconds of a small op."""
+    found: dict[str, Pace] = {}
+    launches: list[Rate] = []
+    for name, form in forms.items():
+        try:
+            found[name], launch = pace(bench.device, bench.windows, name, form, bench.spilling(), bench.sizes.paces)
+        except RuntimeError:  # said already, where its products were measured
+            continue
+        launches.append(launch)
+    found[ATTENTION] = attention_pace(bench.device, bench.windows, bench.spilling())
+    return found, sorted(launches, key=lambda rate: rate.value)[len(launches) // 2]
 
 
 def _mebibytes(size: int) -> str:

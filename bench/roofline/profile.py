@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ...unlearn.adapters import with_adapter
 from .bound import ceiling, estimate_s, floor, floor_s, memory_share, replaced
 from .capacity import Memory
 from .depths import depths, draft_s, exit_s
+from .load import Early, Load
 from .measure import Measured
 from .speculation import expected_depth
 from .stored import (
@@ -43,36 +44,6 @@ SCHEMA = "remanence.profile/1"
 # Sequences side by side in the sweep, and its contexts as multiples of the one that is asked about.
 _BATCHES = tuple(2**i for i in range(9))
 _CONTEXTS = (1, 4, 16)
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is served: so many sequences side by side, tokens of each prompt, and tokens of each answer."""
-
-    batches: tuple[int, ...] = (1,)
-    prompt: int = 512
-    new: int = 128
-
-    def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"batch: {', '.join(map(str, self.batches)) or 'none'}; expected numbers from 1 on")
-        for name, value, least in (("prompt", self.prompt, 1), ("new", self.new, 2)):
-            if value < least:
-                raise ValueError(f"{name}: {value} is below {least}")
-
-    @property
-    def context(self) -> int:
-        """Tokens in the cache before the middle one of the answer."""
-        return self.prompt + (self.new - 1) // 2
-
-
-@dataclass(frozen=True)
-class Early:
-    """How a model leaves early, or drafts: tokens by depth; layers that draft, tokens drafted, and the probability that
-    one of them is the whole model's."""
-
-    histogram: Mapping[int, int] = field(default_factory=dict)
-    draft: tuple[int, int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +77,15 @@ class Bones:
             raise ValueError(f"recipe: {recipe} beside {path}, which is compressed already; expected a dense model")
         return cls(str(path), model.eval(), forms_of_recipe(model, recipe), recipe.kv, recipe)
 
+    def check(self, load: Load, early: Early) -> None:
+        """ValueError for texts that are longer than the model has positions for, and depths that it has not."""
+        positions, layers = longest(self.model.config), _count(self.model)
+        if load.prompt + load.new > positions:
+            raise ValueError(
+                f"prompt, new: {load.prompt} + {load.new} tokens, and {self.name} has positions for {positions}"
+            )
+        early.check(layers)
+
     def as_if(self, recipe: Recipe) -> Bones:
         """The same model by another recipe; ValueError where it does not fit."""
         return Bones(self.name, self.model, forms_of_recipe(self.model, recipe), recipe.kv, recipe)
@@ -115,11 +95,8 @@ def profile(bones: Bones, ceilings: Ceilings, load: Load, early: Early | None = 
     """The document, without anything measured on the way: JSON values. ValueError for texts that are longer than the
     model has positions for, for exits that it has not, and as `walk`."""
     early = early or Early()
+    bones.check(load, early)
     positions = longest(bones.model.config)
-    if load.prompt + load.new > positions:
-        raise ValueError(
-            f"prompt, new: {load.prompt} + {load.new} tokens, and {bones.name} has positions for {positions}"
-        )
     passes = _Passes(bones)
     prefill, decode = passes.at(load.prompt, load.context)
     document = _about(bones, ceilings, passes, load, positions)

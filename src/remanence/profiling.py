@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends.device import parse_device
 from .backends.sheets import Sheet, sheet_named
+from .bench.roofline.load import Early, Load
 from .compress.files import read_json, write_json, write_text
 from .compress.places import base_directory, local_model
 from .compress.recipe import Recipe
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .backends.device import Device
+    from .bench.roofline.profile import Bones
 
 # Of the memory that is free, what a model that is to be measured may take.
 _ROOM = 0.9
@@ -33,21 +35,16 @@ class Order:
     device     "cpu", "cuda:N", "npu:N", "auto": is measured; or a name of backends/sheets.py: is not
     measure    False: floors alone, on a device that is here too
     again      measure the device's ceilings anew
-    exits      tokens by depth, as `remanence exit generate --json` counts them
-    draft      (layers, tokens drafted, probability that one is accepted)
     Raises ValueError or FileNotFoundError that names the option.
     """
 
     model: str
     recipe: str | None = None
-    batches: tuple[int, ...] = (1,)
-    prompt: int = 512
-    new: int = 128
+    load: Load = Load()
     device: str = "auto"
     measure: bool = True
     again: bool = False
-    exits: dict[int, int] = field(default_factory=dict)
-    draft: tuple[int, int, float] | None = None
+    early: Early = Early()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,7 +119,6 @@ def profile(order: Order, say: Callable[[str], None] = print) -> dict[str, Any]:
         assert here is not None
         ceilings = ceilings_of(here, default_cache(), order.again, say)
     document = analytic(bones, ceilings, load, Early(order.exits, order.draft))
-    document["device"] |= {"name": order.device if here is None else here.name, "kind": "sheet"}
     if here is not None:
         document["device"]["kind"] = here.kind
         why_not = _unmeasured(order, here, document)
@@ -163,9 +159,10 @@ def _measured(order: Order, here: Device, say: Callable[[str], None]) -> list[An
 
     model = _loaded(order, here)
     found = []
-    for batch in order.batches:
-        say(f"measuring batch {batch}: {order.prompt} tokens, then {order.new} more, on {here.name}")
-        found.append(measure(model, here, batch, order.prompt, order.new, seed=order.seed))
+    prompt, new = order.load.prompt, order.load.new
+    for batch in order.load.batches:
+        say(f"measuring batch {batch}: {prompt} tokens, then {new} more, on {here.name}")
+        found.append(measure(model, here, batch, prompt, new, seed=order.seed))
     return found
 
 

@@ -37,27 +37,19 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """What a model asks of a device, how long that takes at least, and how long it took: roofline and measurement."""
-    from ..profiling import Order, parse_draft, parse_exits, write
+    from ..bench.roofline.load import Early, Load
+    from ..profiling import Order, parse_draft, parse_exits, prepare, write
     from ..profiling import profile as run
 
-    order = usage(
-        Order,
-        model,
-        recipe,
-        _batches(batch),
-        prompt,
-        new,
-        device,
-        measure,
-        remeasure,
-        {} if exits is None else usage(parse_exits, exits),
-        None if draft is None else usage(parse_draft, draft),
-        seed,
+    load = usage(Load, _batches(batch), prompt, new)
+    early = Early(
+        {} if exits is None else usage(parse_exits, exits), None if draft is None else usage(parse_draft, draft)
     )
+    order = usage(Order, model, recipe, load, device, measure, remeasure, early, seed)
     if out is not None:
         writable("out", out)
     quiet()
-    document = run(order, say)
+    document = run(usage(prepare, order, say), say)
     if out is not None:
         write(document, out, say)
     if as_json:
