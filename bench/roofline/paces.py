@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -123,12 +122,12 @@ def _turn(device: Device, weights: Sequence[Weight], x: Tensor, y: Tensor, norm:
     if device.kind == "cpu":
         products = norms = 0.0
         for weight in weights:
-            start = time.perf_counter()
-            norm(x)
-            between = time.perf_counter()
-            weight.multiply(y)
-            products += time.perf_counter() - between
-            norms += between - start
+            with device.timed() as timer:
+                norm(x)
+            norms += timer.seconds
+            with device.timed() as timer:
+                weight.multiply(y)
+            products += timer.seconds
         return products / len(weights), norms / len(weights)
     device.synchronize()
     with device.timed() as alone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,11 @@ class Order:
 
     model: str
     recipe: str | None = None
-    load: Load = Load()
+    load: Load = field(default_factory=Load)
     device: str = "auto"
     measure: bool = True
     again: bool = False
-    early: Early = Early()
+    early: Early = field(default_factory=Early)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,27 +100,46 @@ def parse_draft(text: str) -> tuple[int, int, float]:
     return layers, length, accept
 
 
-def profile(order: Order, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The document of `remanence profile --json`. ValueError for a device, model or recipe that it cannot be made for;
-    also where the device is too busy for its ceilings to be measured."""
+@dataclass(frozen=True)
+class Prepared:
+    """here: the device, where it is one; bones: of the model, as it would be compressed."""
+
+    order: Order
+    here: Device | None
+    bones: Bones
+
+
+def prepare(order: Order, say: Callable[[str], None] = print) -> Prepared:
+    """Look for the device, and at the model. ValueError or FileNotFoundError where one is not there, cannot be read, or
+    does not go with the recipe, the load or the exits."""
     from .backends.device import device
+    from .bench.roofline.profile import Bones
+
+    here = None if order.sheet is not None else device(order.device, say)
+    bones = Bones.of(order.model, order.parsed())
+    bones.check(order.load, order.early)
+    return Prepared(order, here, bones)
+
+
+def profile(prepared: Prepared, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The document of `remanence profile --json`. ValueError where the device is too busy for its ceilings to be
+    measured, and where the model does what only a real run could."""
     from .bench.roofline.ceilings import ceilings_of
-    from .bench.roofline.profile import Bones, Early, Load, add_measured
+    from .bench.roofline.profile import add_measured
     from .bench.roofline.profile import profile as analytic
     from .machine import environment
 
-    load = Load(order.batches, order.prompt, order.new)
-    bones = Bones.of(order.model, order.parsed())
-    sheet = order.sheet
-    here = device(order.device, say) if sheet is None else None
-    if sheet is not None:
+    order, here = prepared.order, prepared.here
+    if here is None:
+        sheet = order.sheet
+        assert sheet is not None
         ceilings = sheet.ceilings()
     else:
-        assert here is not None
         ceilings = ceilings_of(here, default_cache(), order.again, say)
-    document = analytic(bones, ceilings, load, Early(order.exits, order.draft))
+    document = analytic(prepared.bones, ceilings, order.load, order.early)
+    document["device"] |= {"name": order.device, "kind": "sheet"}
     if here is not None:
-        document["device"]["kind"] = here.kind
+        document["device"] |= {"name": here.name, "kind": here.kind}
         why_not = _unmeasured(order, here, document)
         if why_not:
             document["notes"].append(f"not measured: {why_not}")

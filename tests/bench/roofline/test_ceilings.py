@@ -14,13 +14,15 @@ from remanence.bench.roofline import ceilings as module
 from remanence.bench.roofline import measured, weights, windows
 from remanence.bench.roofline.ceilings import ceilings_of, kept_ceilings
 from remanence.bench.roofline.measured import Sizes, measure_ceilings
+from remanence.bench.roofline.paces import PaceSizes, pace
 from remanence.bench.roofline.windows import LIMIT, Windows
 from remanence.kernels import ops
 
 MIB = 2**20
 TICK = 1e-6
 # No cache is asked for, so that arrays are small; whatever else runs beside a test is no reason to refuse.
-SMALL = Sizes(512, 32, 512, 32, least_bytes=MIB, caches=0, windows=7, window_s=0, limit=float("inf"))
+FEW = PaceSizes((1, 4), 128, 256, 128)
+SMALL = Sizes(512, 32, 512, 32, least_bytes=MIB, caches=0, windows=7, window_s=0, limit=float("inf"), paces=FEW)
 native = pytest.mark.skipif(not ops.available_isas(), reason="the native kernels are not built")
 
 
@@ -96,7 +98,7 @@ def test_through_json_and_back(real):
 @pytest.mark.usefixtures("probed")
 def test_what_is_counted():
     found = measure_ceilings(constant(), sizes=SMALL)
-    assert found.launch.value == pytest.approx(TICK / 1000)
+    assert found.launch.value == pytest.approx(TICK / 6)
     # Two weights of 1 MiB in turns, in one tick.
     assert found.gemv["float32"].value == pytest.approx(2 * 512 * 512 * 4 / TICK)
     assert found.gemv["bfloat16"].value == pytest.approx(2 * 512 * 512 * 2 / TICK)
@@ -106,6 +108,43 @@ def test_what_is_counted():
     assert found.compute["float32"].value == found.products["float32"].value
     assert "float32, before " in found.compute["float32"].source
     assert all(rate.spread == 0 for rate in found.gemv.values())
+
+
+def test_what_a_product_takes_beyond_its_weights():
+    """Two seconds, and one for every 16384 weights; with four rows, four times as long for a weight."""
+    seconds = {(128, 1): 3.0, (256, 1): 6.0, (128, 4): 6.0}
+    shapes = []
+
+    def make(features, count):  # noqa: ARG001
+        for _ in range(count):
+            yield weights.Weight(1, lambda x: shapes.append((x.shape[1], x.shape[0])))
+
+    class ByShape(CpuDevice):
+        """A norm takes 12 s, a product what its shape says."""
+
+        def timed(self):
+            before = len(shapes)
+            return SimpleTimer(lambda: seconds[shapes[-1]] if len(shapes) > before else 12.0)
+
+    device = ByShape()
+    form = weights.Form(make, torch.float32, "a product")
+    found, launch = pace(device, Windows(device, 7, 0.0), "w4a16", form, 4, FEW)
+    assert found.start.value == pytest.approx(2)
+    assert found.rows[1].value == pytest.approx(2 * 128**2)
+    assert found.rows[4].value == pytest.approx(2 * 4 * 128**2 / 4)
+    assert launch.value == 2  # six ops in a norm
+    assert launch.spread == 0
+
+
+class SimpleTimer:
+    def __init__(self, taken):
+        self.taken = taken
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.seconds = self.taken()
 
 
 @native

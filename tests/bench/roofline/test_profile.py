@@ -59,7 +59,7 @@ def test_sums_agree_and_the_document_is_json(saved):
         for number in ("flops", "bytes", "floor_s"):
             assert sum(module[number] for module in phase["modules"]) == pytest.approx(phase[number])
         assert phase["bytes"] == phase["weight_bytes"] + phase["kv_bytes"] + phase["activation_bytes"]
-        assert phase["floor_s"] >= max(phase["bytes"] / 1e9, phase["flops"] / 1e11)
+        assert phase["floor_s"] >= max(phase["bytes"] / 1e9, phase["flops"] / 1e11) * (1 - 1e-9)
         assert phase["eager_bytes"] > phase["bytes"]
     assert [module["count"] for module in found["phases"][0]["modules"] if module["kind"] == "attention"] == [3]
     assert found["exits"]["mean_depth"] == 2
@@ -105,7 +105,8 @@ def test_a_quantized_cache_is_read_in_fewer_bytes(saved):
     assert four["kv_bytes_per_token"] < dense["kv_bytes_per_token"]
 
 
-def test_what_was_measured_stands_beside_its_floor(saved, one_thread):
+@pytest.mark.usefixtures("one_thread")
+def test_what_was_measured_stands_beside_its_floor(saved):
     model = load_model(saved / "dense")
     found = profile(Bones.of(saved / "dense"), DEVICE, Load((1, 2), 16, 5))
     measured = measure(model, CpuDevice(), 2, 16, 5)
@@ -121,7 +122,8 @@ def test_what_was_measured_stands_beside_its_floor(saved, one_thread):
     assert found["serving"][0]["measured"] is None
 
 
-def test_a_model_that_fits_into_the_cache_is_told_so(saved, one_thread):
+@pytest.mark.usefixtures("one_thread")
+def test_a_model_that_fits_into_the_cache_is_told_so(saved):
     found = profile(Bones.of(saved / "dense"), DEVICE, Load((1,), 16, 5))
     measured = measure(load_model(saved / "dense"), CpuDevice(), 1, 16, 5)
     add_measured(found, measured, found["weights"]["resident_bytes"], 32 << 20)
