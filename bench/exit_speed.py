@@ -69,6 +69,7 @@ def speed_rows(
                its turn; spread: interquartile range over it
     speedup    over full depth, by round: the median of the ratios
     mflop_token, mb_token   of a decoded token, counted (early_exit/cost.py): operations, and bytes read by a row alone
+    histogram  decoded tokens by depth; not of drafts
     agreement  share of tokens that stand where they stand at full depth: a row's first other one moves those behind it
     """
     whole = costs(model, ids.shape[1] + new // 2)
@@ -103,6 +104,7 @@ def speed_rows(
             work = whole.mean(depths, way.policy)
             row |= {"mean_depth": said.mean_depth, "effective_depth": whole.effective_depth(depths, way.policy)}
             row |= {"mflop_token": work.operations / 1e6, "mb_token": work.bytes / 1e6}
+            row["histogram"] = {str(depth): count for depth, count in depths.items()}
         rows.append(row)
     return rows
 
@@ -150,7 +152,7 @@ def run_large(seed: int, batches: Sequence[int] = (1, 8), new: int = 24) -> Iter
         drawn = Drawn(exits=tuple(range(1, layers)), threshold=0.85, generator=torch.Generator().manual_seed(seed))
         ways += [Served(drawn), Served(drawn, "batch")] if batch > 1 else []
         for row in speed_rows(model, ids, torch.ones_like(ids), ways, new, 3):
-            del row["agreement"], row["acceptance"]
+            del row["agreement"], row["acceptance"], row["histogram"]
             yield {"model": f"Llama, {layers} layers, {LARGE.hidden_size} wide, random", **row}
 
 
@@ -168,4 +170,6 @@ def run_speed(
         ways += [Served(policy, "batch") for policy in policies.values() if batch > 1 and policy.graded]
         ways.append(Served(Full(), drafting=drafting))
         rows += speed_rows(model, ids, mask, ways, new)
+    for row in rows:
+        row.pop("histogram", None)
     return rows

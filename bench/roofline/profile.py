@@ -44,6 +44,8 @@ SCHEMA = "remanence.profile/1"
 # Sequences side by side in the sweep, and its contexts as multiples of the one that is asked about.
 _BATCHES = tuple(2**i for i in range(9))
 _CONTEXTS = (1, 4, 16)
+# Attained share from which the ceilings are not to be believed.
+_ABOVE = 1.05
 
 
 @dataclass(frozen=True)
@@ -431,6 +433,11 @@ def add_measured(document: dict[str, Any], measured: Measured, weights: float, c
             )
         else:
             phase["attained"] = phase["floor_s"] / seconds
+            if phase["attained"] > _ABOVE:
+                phase["note"] = (
+                    f"it took less than the floor ({phase['attained']:.0%}): the device gives more now than when its "
+                    "ceilings were measured; --remeasure"
+                )
         taken: dict[str, float] = {}
         for name, own in measured.modules[phase["phase"]].items():
             taken[starred(name)] = taken.get(starred(name), 0.0) + own

@@ -115,10 +115,8 @@ def named(phase: Record) -> str:
 def _device(console: Console, device: Record) -> None:
     rates: list[tuple[str, str, Record]] = [("memory", "B/s", device["memory"])]
     rates += [(kind, operations(kind), rate) for kind, rate in device["compute"].items()]
-    rates += [(f"one row x {kept}", "B/s of weights", rate) for kept, rate in (device.get("gemv") or {}).items()]
-    rates += [(f"many rows x {kept}", "OP/s", rate) for kept, rate in (device.get("products") or {}).items()]
     if device["launch"]:
-        rates.append(("an empty op", "s", device["launch"]))
+        rates.append(("a small op", "s", device["launch"]))
     # Kinds of numbers with the same ceiling from the same source stand on one line.
     rows = []
     for (value, certainty, origin), same in groupby(rates, lambda each: _ceiling(*each[1:])):

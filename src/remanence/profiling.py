@@ -74,20 +74,22 @@ def _sheet(name: str) -> Sheet:
 
 
 def parse_exits(text: str) -> dict[int, int]:
-    """Tokens by depth: "4:30,8:70", or a JSON file that has them under "histogram", as `remanence exit generate --json`
-    writes. ValueError for anything else."""
-    found: dict[Any, Any]
-    if Path(text).is_file():
-        found = read_json(text)
-        found = found.get("histogram", found)
-    else:
-        found = dict(part.partition(":")[::2] for part in text.split(","))
+    """Tokens by depth: "4:30,8:70", or a file that `remanence exit generate --json` wrote, of which those of its policy
+    are taken. ValueError for anything else."""
+    if not Path(text).is_file():
+        return _histogram(text, dict(part.partition(":")[::2] for part in text.split(",")))
+    rows = read_json(text).get("rows")
+    found = [row["histogram"] for row in rows if "histogram" in row][1:] if isinstance(rows, list) else []
+    if not found:
+        raise ValueError(f"exits: {text} has no tokens by depth under a policy, as `exit generate --json` would say")
+    return _histogram(text, found[0])
+
+
+def _histogram(text: str, found: dict[str, Any]) -> dict[int, int]:
     try:
         return {int(depth): int(count) for depth, count in found.items()}
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(
-            f"exits: {text!r} is not of the form DEPTH:TOKENS,..., nor a JSON file with such a histogram"
-        ) from None
+        raise ValueError(f"exits: {text!r} is not of the form DEPTH:TOKENS,..., e.g. 4:30,8:70") from None
 
 
 def parse_draft(text: str) -> tuple[int, int, float]:

@@ -86,6 +86,9 @@ def test_from_tuning_to_an_answer(dense, rows, command, tmp_path) -> None:
     assert done.code == 0, done.err
     made = json.loads(done.out)
     full, exits, draft = made["rows"]
+    assert "histogram" not in draft
+    depth = sum(int(at) * count for at, count in exits["histogram"].items()) / sum(exits["histogram"].values())
+    assert depth == pytest.approx(exits["mean_depth"])
     assert (full["mean_depth"], full["agreement"], full["speedup"]) == (6, 1, 1)
     assert (exits["mean_depth"], exits["exit_sync"]) == (2, "batch")
     assert 2 < exits["effective_depth"] < 3

@@ -127,7 +127,8 @@ def test_files_for_every_use(profile, config_only, tmp_path):
 
 
 def test_leaving_early_and_drafting(profile, config_only, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"histogram": {"1": 5, "2": 5}}))
+    rows = [{"way": "full", "histogram": {"2": 10}}, {"way": "probe", "histogram": {"1": 5, "2": 5}}, {"way": "draft"}]
+    (tmp_path / "run.json").write_text(json.dumps({"rows": rows}))
     arguments = ("--exits", tmp_path / "run.json", "--draft", "1:2:0.5", "--json")
     found = json.loads(profile(config_only, *SHORT, "--device", "H200", *arguments).out)
     assert found["exits"]["mean_depth"] == 1.5

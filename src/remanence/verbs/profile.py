@@ -27,7 +27,7 @@ def profile(
     measure: Annotated[bool, typer.Option(help="Also run the model, on a device that is here.")] = True,
     remeasure: Annotated[bool, typer.Option(help="Measure the device's ceilings anew, not take those kept.")] = False,
     exits: Annotated[
-        str | None, typer.Option(help="Tokens by depth, DEPTH:TOKENS,... or a JSON file of `exit generate --json`.")
+        str | None, typer.Option(help="Leaving early: DEPTH:TOKENS,... or what `exit generate --json` wrote.")
     ] = None,
     draft: Annotated[str | None, typer.Option(help="Self-speculation: LAYERS:LENGTH:ACCEPT, e.g. 8:4:0.8.")] = None,
     out: Annotated[

@@ -237,7 +237,8 @@ def test_too_little_memory_is_said(monkeypatch):
     measure_ceilings(Clocked(itertools.repeat(TICK), free=8 * MIB), said.append, replace(SMALL, caches=4))
     assert any("arrays of 2 MiB, which the cache may hold in part" in line for line in said)
     said.clear()
-    found = measure_ceilings(constant(), said.append, replace(SMALL, caches=4))
+    few = replace(SMALL, caches=4, paces=replace(FEW, rows=(1,), small=512, large=1024))  # fewer weights fill a cache
+    found = measure_ceilings(constant(), said.append, few)
     assert "arrays of 16 MiB" in found.memory.source, "four times the cache"
     assert "16 weights in turns" in found.gemv["float32"].source
     assert not any("arrays" in line for line in said)

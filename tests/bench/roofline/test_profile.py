@@ -133,6 +133,17 @@ def test_a_model_that_fits_into_the_cache_is_told_so(saved):
         assert all(module["attained"] is None for module in phase["modules"])
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_ceilings_that_are_too_low_are_told(saved):
+    """They were measured while the machine was busy, and the model ran when it was not."""
+    low = replace(DEVICE, memory=Rate(1e3, "s"))
+    found = profile(Bones.of(saved / "dense"), low, Load((1,), 16, 5))
+    add_measured(found, measure(load_model(saved / "dense"), CpuDevice(), 1, 16, 5), 10**6, 1000)
+    for phase in found["phases"]:
+        assert phase["attained"] > 1
+        assert "--remeasure" in phase["note"]
+
+
 @pytest.mark.parametrize(
     ("load", "said"),
     [
