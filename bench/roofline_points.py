@@ -26,6 +26,7 @@ from .roofline.ceilings import measure_ceilings
 from .roofline.measure import measure
 from .roofline.published import MODELS
 from .roofline.stored import (
+    Forms,
     apply,
     checkpoint_bytes,
     forms_of_model,
@@ -145,8 +146,9 @@ def stored(seed: int = 0) -> tuple[Rows, Rows]:
     ]
 
 
-def _bits(bones: PreTrainedModel, forms: Any) -> float:
-    weights = sum(bones.get_submodule(name).weight.numel() for name in forms)  # type: ignore[union-attr, operator]
+def _bits(bones: PreTrainedModel, forms: Forms) -> float:
+    held = dict(bones.named_parameters())
+    weights = sum(held[f"{name}.weight"].numel() for name in forms)
     return 8 * sum(form.bytes for form in forms.values()) / weights
 
 

@@ -8,37 +8,22 @@ found["phases"][1]["floor_s"]                        # the document's keys are t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from ...backends.ceilings import Ceilings
 from ...compress.block import block_names
-from ...compress.checkpoint import longest, skeleton
-from ...compress.places import base_directory, local_model
-from ...compress.recipe import Recipe
-from ...compress.spec import KVSpec
-from ...unlearn.adapters import with_adapter
-from .bound import ceiling, estimate_s, floor, floor_s, memory_share, replaced
+from ...compress.checkpoint import longest
+from .advice import others, recommended, taken_instead
+from .bones import Bones, Passes
+from .bound import ceiling, estimate_s, floor, floor_s, memory_share
 from .capacity import Memory
 from .depths import depths, draft_s, exit_s
 from .load import Early, Load
 from .measure import Measured
 from .speculation import expected_depth
-from .stored import (
-    Forms,
-    apply,
-    checkpoint_bytes,
-    forms_of_checkpoint,
-    forms_of_recipe,
-    module_bytes,
-    resident_bytes,
-)
-from .walk import walk
-from .work import Part, Phase, Step
+from .stored import checkpoint_bytes
+from .work import Part, Step
 
 SCHEMA = "remanence.profile/1"
 # Sequences side by side in the sweep, and its contexts as multiples of the one that is asked about.
@@ -48,58 +33,13 @@ _CONTEXTS = (1, 4, 16)
 _ABOVE = 1.05
 
 
-@dataclass(frozen=True)
-class Bones:
-    """A model without its values.
-
-    model   dense, on the meta device
-    forms   how its layers are kept
-    kv      how its keys and values are; None: as they come
-    """
-
-    name: str
-    model: PreTrainedModel
-    forms: Forms
-    kv: KVSpec | None = None
-    recipe: Recipe | None = None
-
-    @classmethod
-    def of(cls, path: Path | str, recipe: Recipe | None = None) -> Bones:
-        """Of the model at `path` (a directory, in which a config is enough for a dense model, or a hub id), as it is
-        there, or as `recipe` would make it. ValueError or FileNotFoundError for what cannot be read, and for a recipe
-        on a model that is compressed already."""
-        base = base_directory(path)
-        model = skeleton(base, compressed=True)
-        directory = local_model(base)
-        kept = forms_of_checkpoint(directory, model) if directory is not None else {}
-        with_adapter(model, path)
-        if recipe is None:
-            return cls(str(path), model.eval(), kept)
-        if kept:
-            raise ValueError(f"recipe: {recipe} beside {path}, which is compressed already; expected a dense model")
-        return cls(str(path), model.eval(), forms_of_recipe(model, recipe), recipe.kv, recipe)
-
-    def check(self, load: Load, early: Early) -> None:
-        """ValueError for texts that are longer than the model has positions for, and depths that it has not."""
-        positions, layers = longest(self.model.config), _count(self.model)
-        if load.prompt + load.new > positions:
-            raise ValueError(
-                f"prompt, new: {load.prompt} + {load.new} tokens, and {self.name} has positions for {positions}"
-            )
-        early.check(layers)
-
-    def as_if(self, recipe: Recipe) -> Bones:
-        """The same model by another recipe; ValueError where it does not fit."""
-        return Bones(self.name, self.model, forms_of_recipe(self.model, recipe), recipe.kv, recipe)
-
-
 def profile(bones: Bones, ceilings: Ceilings, load: Load, early: Early | None = None) -> dict[str, Any]:
     """The document, without anything measured on the way: JSON values. ValueError for texts that are longer than the
     model has positions for, for exits that it has not, and as `walk`."""
     early = early or Early()
     bones.check(load, early)
     positions = longest(bones.model.config)
-    passes = _Passes(bones)
+    passes = Passes(bones)
     prefill, decode = passes.at(load.prompt, load.context)
     document = _about(bones, ceilings, passes, load, positions)
     for batch in load.batches:
@@ -108,39 +48,13 @@ def profile(bones: Bones, ceilings: Ceilings, load: Load, early: Early | None = 
         document["serving"].append(_serving(steps[0], steps[1], ceilings, passes.memory(load), load))
     document["sweep"] = _sweep(passes, ceilings, load, positions)
     document |= _early(passes, ceilings, load, early)
-    document["what_if"] = _others(bones, ceilings, load, passes)
-    document["notes"] += _replaced(prefill, decode, ceilings)
-    document["recommendation"] = _recommended(document, load)
+    document["what_if"] = others(bones, ceilings, load, passes)
+    document["notes"] += taken_instead(prefill, decode, ceilings)
+    document["recommendation"] = recommended(document, load)
     return document
 
 
-class _Passes:
-    """Passes of one sequence, each context walked once."""
-
-    def __init__(self, bones: Bones) -> None:
-        self.bones, self.dense = bones, module_bytes(bones.model)
-        self.walked: dict[tuple[int, int, int], tuple[Step, Step]] = {}
-
-    def raw(self, prompt: int, context: int, tokens: int = 1) -> tuple[Step, Step]:
-        """Of the dense model."""
-        key = (prompt, context, tokens)
-        if key not in self.walked:
-            self.walked[key] = walk(self.bones.model, 1, prompt, context, tokens)
-        return self.walked[key]
-
-    def at(self, prompt: int, context: int, tokens: int = 1) -> tuple[Step, Step]:
-        prefill, decode = (self.formed(step) for step in self.raw(prompt, context, tokens))
-        return prefill, decode
-
-    def formed(self, step: Step) -> Step:
-        return apply(step, self.bones.forms, self.dense, self.bones.kv)
-
-    def memory(self, load: Load) -> Memory:
-        prefill, decode = self.raw(load.prompt, load.context)
-        return Memory(resident_bytes(self.dense, self.bones.forms), prefill, decode, self.bones.kv)
-
-
-def _about(bones: Bones, ceilings: Ceilings, passes: _Passes, load: Load, positions: int) -> dict[str, Any]:
+def _about(bones: Bones, ceilings: Ceilings, passes: Passes, load: Load, positions: int) -> dict[str, Any]:
     model, memory = bones.model, passes.memory(load)
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     _, decode = passes.at(load.prompt, load.context)
@@ -151,7 +65,7 @@ def _about(bones: Bones, ceilings: Ceilings, passes: _Passes, load: Load, positi
         "model": bones.name,
         "recipe": None if bones.recipe is None else bones.recipe.name,
         "architecture": type(model).__name__,
-        "layers": _count(model),
+        "layers": bones.layers,
         "parameters": parameters,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": ceilings.as_json(),
@@ -179,10 +93,6 @@ def _about(bones: Bones, ceilings: Ceilings, passes: _Passes, load: Load, positi
         "assumed": list(dict.fromkeys((*raw[0].assumed, *raw[1].assumed))),
         "notes": [],
     }
-
-
-def _count(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)
 
 
 def _phase(step: Step, ceilings: Ceilings) -> dict[str, Any]:
@@ -261,7 +171,7 @@ def _serving(prefill: Step, decode: Step, ceilings: Ceilings, memory: Memory, lo
     }
 
 
-def _sweep(passes: _Passes, ceilings: Ceilings, load: Load, positions: int) -> list[dict[str, Any]]:
+def _sweep(passes: Passes, ceilings: Ceilings, load: Load, positions: int) -> list[dict[str, Any]]:
     rows = []
     memory = passes.memory(load)
     for context in sorted({min(times * load.context, positions - 1) for times in _CONTEXTS}):
@@ -287,7 +197,7 @@ def _sweep(passes: _Passes, ceilings: Ceilings, load: Load, positions: int) -> l
     return rows
 
 
-def _early(passes: _Passes, ceilings: Ceilings, load: Load, early: Early) -> dict[str, Any]:
+def _early(passes: Passes, ceilings: Ceilings, load: Load, early: Early) -> dict[str, Any]:
     """What leaving early, and drafting, would make of a decode step of one sequence."""
     found: dict[str, Any] = {"exits": None, "draft": None}
     if not early.histogram and early.draft is None:
@@ -316,87 +226,6 @@ def _early(passes: _Passes, ceilings: Ceilings, load: Load, early: Early) -> dic
             "speedup": whole / seconds,
         }
     return found
-
-
-def _others(bones: Bones, ceilings: Ceilings, load: Load, passes: _Passes) -> list[dict[str, Any]]:
-    """Floors by other recipes; nothing for a checkpoint that is compressed already, whose dense weights are gone."""
-    from ...compress.recipe import DENSE, parse_recipe
-
-    if bones.forms and bones.recipe is None:
-        return []
-    rows = []
-    for name in ("dense", *_CANDIDATES):
-        recipe = DENSE if name == "dense" else parse_recipe(name)
-        if recipe == (bones.recipe or DENSE):
-            continue
-        try:
-            other = _Passes(bones.as_if(recipe))
-        except ValueError:  # its groups do not divide this model's layers, or it has no layer for them
-            continue
-        other.walked = passes.walked
-        prefill, decode = other.at(load.prompt, load.context)
-        rows.append(
-            {
-                "recipe": name,
-                "batch": load.batches[0],
-                "prefill_s": floor_s(prefill.with_batch(load.batches[0]), ceilings),
-                "decode_s": floor_s(decode.with_batch(load.batches[0]), ceilings),
-                "resident_bytes": resident_bytes(other.dense, other.bones.forms),
-            }
-        )
-    return rows
-
-
-# Recipes that a profile of a dense model is held beside: widths of weights, of both sides, sparsity, and the cache.
-_CANDIDATES = (
-    "rtn-w8a16",
-    "rtn-w4a16-g128",
-    "rtn-w4a16-g64",
-    "rtn-w8a8",
-    "rtn-w4a4",
-    "magnitude-2:4",
-    "dense+kv_bits=4",
-)
-
-
-def _replaced(prefill: Step, decode: Step, ceilings: Ceilings) -> list[str]:
-    notes = []
-    for kind, taken in replaced([prefill, decode], ceilings).items():
-        faster = "is faster with it" if kind in ceilings.compute else f"has no known ceiling for {kind}"
-        notes.append(f"products of {kind} are reckoned in {taken}: {ceilings.device} {faster}")
-    return notes
-
-
-def _recommended(document: Mapping[str, Any], load: Load) -> str:
-    """What bounds each phase, and what would change it most."""
-    batch = load.batches[0]
-    said = []
-    for phase in [each for each in document["phases"] if each["batch"] == batch]:
-        bound = "memory" if phase["bound"] == "memory" else f"arithmetic in {phase['compute']}"
-        share = phase["memory_share"] if phase["bound"] == "memory" else 1 - phase["memory_share"]
-        largest = max(("weight", "kv", "activation"), key=lambda name: phase[f"{name}_bytes"])
-        what = {"weight": "weights", "kv": "keys and values", "activation": "activations"}[largest]
-        moved = f", {phase[f'{largest}_bytes'] / phase['bytes']:.0%} of its bytes are {what}"
-        text = f"{phase['phase']} at batch {batch} is bound by {bound} ({share:.0%} of its floor"
-        text += (moved if phase["bound"] == "memory" else "") + ")"
-        said.append(text + _change(document, phase))
-    return ". ".join(text[0].upper() + text[1:] for text in said) + "."
-
-
-def _change(document: Mapping[str, Any], phase: Mapping[str, Any]) -> str:
-    name: Phase = phase["phase"]
-    here, recipe = phase["floor_s"], document["recipe"]
-    others = {row["recipe"]: row[f"{name}_s"] for row in document["what_if"]}
-    if recipe is not None and "dense" in others:
-        return f": {recipe} takes it from {_ms(others['dense'])} to {_ms(here)} ms at least"
-    if not others or min(others.values()) > 0.95 * here:
-        return ": no recipe that was tried would change that much" if others else ""
-    best = min(others, key=lambda key: others[key])
-    return f": {best} would take it from {_ms(here)} to {_ms(others[best])} ms at least"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
 
 
 def _short(modules: Sequence[str]) -> list[str]:

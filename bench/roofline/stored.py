@@ -238,7 +238,7 @@ def _together(model: nn.Module, found: dict[str, Form]) -> dict[str, Form]:
         inside = {f"{prefix}.{name}": part for name, part in _linears(module)}
         if not inside.keys() & found.keys():
             continue
-        own = [found.pop(name, None) or _plain(part) for name, part in inside.items()]
+        own = [found.pop(name) if name in found else _plain(part) for name, part in inside.items()]
         largest = max(own, key=lambda form: form.bytes)
         sizes = (sum(form.bytes for form in own), sum(form.file_bytes for form in own))
         found[prefix] = Form(*sizes, largest.kept, largest.compute, all(form.sparse for form in own))

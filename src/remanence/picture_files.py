@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
 from markupsafe import Markup
 
-from .compress.files import disk_errors
+from .compress.files import write_bytes
 from .svg import tag
 
 SUFFIXES = (".svg", ".png")
@@ -58,20 +56,7 @@ def check_place(path: Path | str) -> None:
 
 def write_picture(path: Path | str, svg: str) -> None:
     """Write the picture of `standalone` as SVG or PNG, by the suffix, all of it or nothing; raises as `check_place`."""
-    content = svg.encode() if _kind(path) == ".svg" else png_bytes(svg)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-    try:
-        with disk_errors(path), os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_bytes(path, svg.encode() if _kind(path) == ".svg" else png_bytes(svg))
 
 
 def _kind(path: Path | str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .backends.device import Device
-    from .bench.roofline.profile import Bones
+    from .bench.roofline.bones import Bones
 
 # Of the memory that is free, what a model that is to be measured may take.
 _ROOM = 0.9
@@ -115,7 +115,7 @@ def prepare(order: Order, say: Callable[[str], None] = print) -> Prepared:
     """Look for the device, and at the model. ValueError or FileNotFoundError where one is not there, cannot be read, or
     does not go with the recipe, the load or the exits."""
     from .backends.device import device
-    from .bench.roofline.profile import Bones
+    from .bench.roofline.bones import Bones
 
     here = None if order.sheet is not None else device(order.device, say)
     bones = Bones.of(order.model, order.parsed())

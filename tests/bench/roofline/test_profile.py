@@ -7,9 +7,10 @@ import pytest
 import torch
 from remanence.backends.ceilings import Ceilings, Rate
 from remanence.backends.cpu import CpuDevice
+from remanence.bench.roofline.bones import Bones
 from remanence.bench.roofline.load import Early, Load
 from remanence.bench.roofline.measure import measure
-from remanence.bench.roofline.profile import SCHEMA, Bones, add_measured, profile
+from remanence.bench.roofline.profile import SCHEMA, add_measured, profile
 from remanence.compress.checkpoint import load_model, save_model
 from remanence.compress.recipe import parse_recipe
 from remanence.compress.sequential import compress_

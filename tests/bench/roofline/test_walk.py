@@ -1,7 +1,5 @@
 """The walk against sums that anyone can write down from a model's published dimensions."""
 
-import time
-
 import pytest
 import torch
 from remanence.bench.roofline.published import MODELS
@@ -20,9 +18,7 @@ def skeleton(config, dtype=torch.bfloat16):
 def test_products_and_weights_are_those_of_the_published_dimensions(name, batch):
     of = MODELS[name]
     model = skeleton(of.made())
-    start = time.perf_counter()
     prefill, decode = walk(model, batch, 1024, context=2047)
-    assert time.perf_counter() - start < 5
     assert prefill.total("flops") == pytest.approx(of.flops(batch, 1024, 0), rel=1e-3)
     assert decode.total("flops") == pytest.approx(of.flops(batch, 1, 2047), rel=1e-3)
     assert not (*prefill.uncounted, *decode.uncounted)
