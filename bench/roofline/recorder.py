@@ -176,7 +176,8 @@ class Recorder(TorchDispatchMode):
         tally.numbers["eager_bytes"] += eager
         if name in PRODUCTS:
             tally.numbers["flops"] += PRODUCTS[name](*args, **kwargs)
-            tally.numbers["rows"] += outputs[0].numel() // outputs[0].shape[-1]
+            if tally.kind == "linear":
+                tally.numbers["rows"] += outputs[0].numel() // outputs[0].shape[-1]
             moved = [t for t in inputs if not self._is_weight(t) and storage(t) not in self.fetched]
             tally.numbers["activation_bytes"] += sum(map(_bytes, (*moved, *outputs)))
             if tally.kind == "other":
@@ -251,8 +252,10 @@ class Recorder(TorchDispatchMode):
             if tally.numbers["ops"]
         )
         unknown = tuple(Uncounted(op, len(where), tuple(dict.fromkeys(where))) for op, where in self.uncounted.items())
-        kept = tuple(self.attention.values())
-        return Step(phase, self.batch, tokens, context, parts, kept, cached, self.peak, unknown, tuple(self.assumed))
+        kept, assumed = tuple(self.attention.values()), tuple(self.assumed)
+        step = Step(phase, self.batch, tokens, context, parts, kept, cached, self.peak, unknown, assumed)
+        expected = step.cache_bytes(context + tokens)
+        return step if cached >= _LATENT * expected else _with_latents(step, cached / expected)
 
 
 def _with_latents(step: Step, share: float) -> Step:

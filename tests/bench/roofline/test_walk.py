@@ -5,7 +5,7 @@ import torch
 from remanence.bench.roofline.published import MODELS
 from remanence.bench.roofline.walk import walk
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig
 
 
 def skeleton(config, dtype=torch.bfloat16):
@@ -116,6 +116,32 @@ def test_recurrent_layers_are_counted_as_torchs_own_counter_does():
     assert 0 < decode.total("flops") < prefill.total("flops")
     assert prefill.cached == decode.cached > 0  # its state does not grow
     assert not decode.attention
+
+
+def test_keys_that_are_kept_as_latents_are_counted_as_they_are_kept():
+    config = DeepseekV3Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
+        q_lora_rank=16,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    )
+    _, decode = walk(skeleton(config), 2, 8, 12)
+    kept = 2 * 2 * 2 * (32 + 8) * 13  # bytes, sequences, layers
+    assert decode.cached == kept == pytest.approx(decode.total("kv_read"))
+    assert any("the cache keeps 25% of the keys and values" in said for said in decode.assumed)
 
 
 class Strange(nn.Module):
