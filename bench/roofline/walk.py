@@ -49,8 +49,8 @@ def walk(
     model.eval()
     with torch.no_grad(), _intercepted(model):
         prefill, cache = _pass(model, "prefill", batch, prompt, 0, None)
-        if context > prompt:
-            _, cache = _pass(model, "prefill", batch, context - prompt, prompt, cache)
+        if context > prompt:  # anew: not every recurrent layer takes more than one token after the first pass
+            _, cache = _pass(model, "prefill", batch, context, 0, None)
         decode, _ = _pass(model, "decode", batch, tokens, context, cache)
     return prefill, decode
 
