@@ -28,8 +28,9 @@ _HOLD = {
     "bfloat16": ("float32",),
     "float16": ("float32",),
 }
-# Those that a device without any of these would be given instead: they do not hold all of the other's range.
-_NEAREST = {"bfloat16": "float16", "float64": "float32"}
+# For a device of which none of these is known: numbers of fewer bits, which are multiplied at least as fast, so that a
+# floor stays one.
+_NEAREST = {"bfloat16": ("float16",), "float32": ("float16", "bfloat16"), "float64": ("float32", "float16")}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def ceiling(compute: str, ceilings: Ceilings) -> tuple[str, Rate]:
     """(kind, rate) of the numbers in which products of kind `compute` are computed fastest. ValueError where the device
     has none that would do."""
     kinds = [kind for kind in (compute, *_HOLD.get(compute, ())) if kind in ceilings.compute]
-    kinds = kinds or [kind for kind in (_NEAREST.get(compute, ""),) if kind in ceilings.compute]
+    kinds = kinds or [kind for kind in _NEAREST.get(compute, ()) if kind in ceilings.compute][:1]
     if not kinds:
         raise ValueError(f"device: {ceilings.device} has no known ceiling for {compute}")
     best = max(kinds, key=lambda kind: ceilings.compute[kind].value)

@@ -62,8 +62,10 @@ def test_what_is_faster_in_wider_numbers_is_reckoned_in_them():
 def test_a_device_without_bfloat16_takes_the_nearest():
     only = replace(DEVICE, compute={"float16": Rate(1.0, "s")})
     assert ceiling("bfloat16", only)[0] == "float16"
-    with pytest.raises(ValueError, match="d has no known ceiling for float32"):
-        ceiling("float32", only)
+    assert ceiling("float32", only)[0] == "float16"  # no slower, so that a floor stays one
+    assert replaced([step(part(flops=1.0, compute="float32"))], only) == {"float32": "float16"}
+    with pytest.raises(ValueError, match="d has no known ceiling for int8"):
+        ceiling("int8", replace(DEVICE, compute={"int4": Rate(1.0, "s")}))
 
 
 def test_an_estimate_needs_what_was_measured():
