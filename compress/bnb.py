@@ -51,11 +51,7 @@ def bnb_(model: PreTrainedModel, recipe: Recipe, report: Report | None = None) -
     if not isinstance(recipe.options, BnB):
         raise ValueError(f"recipe: {recipe} is none of bitsandbytes' formats; expected e.g. bnb-nf4")
     library()
-    if has_fused_experts(model):
-        raise ValueError(
-            f"{recipe}: {type(model).__name__} keeps its experts in fused tensors, which readers of such files leave "
-            "dense; take another method, e.g. hqq-w4a16-g64-asym"
-        )
+    refuse_fused(model, recipe)
     layers = list(linears(model, recipe.ignore))
     config = bnb_config(model, recipe, [name for name, _ in layers])
     check_unshared(model, layers, recipe)
@@ -80,6 +76,15 @@ def bnb_(model: PreTrainedModel, recipe: Recipe, report: Report | None = None) -
     state.is_quantized, state.quantization_method, state.hf_quantizer = True, config.quant_method, quantizer
     quantizer.postprocess_model(model)
     return model
+
+
+def refuse_fused(model: PreTrainedModel, recipe: Recipe) -> None:
+    """ValueError for a model with experts that these formats cannot hold."""
+    if has_fused_experts(model):
+        raise ValueError(
+            f"{recipe}: {type(model).__name__} keeps its experts in fused tensors, which readers of such files leave "
+            "dense; take another method, e.g. hqq-w4a16-g64-asym"
+        )
 
 
 def quantized_layer(weight: Tensor, bias: Tensor | None, options: BnB) -> nn.Module:

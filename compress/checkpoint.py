@@ -130,8 +130,13 @@ def skeleton(path: Path | str, compressed: bool = False) -> PreTrainedModel:
         if not compressed:
             raise ValueError(f"{path}: is compressed already; expected a dense model, which is compressed here")
         del config.quantization_config
+    if config.is_encoder_decoder:
+        raise ValueError(f"{path}: {config.model_type} has an encoder; expected a decoder by itself")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{path}: {config.model_type} is no causal language model by itself; expected one for text")
+    dtype = config.dtype or config.get_text_config().dtype
     with torch.device("meta"), _readable(Path(path)):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, **({} if dtype is None else {"dtype": dtype}))
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
@@ -267,11 +272,17 @@ def max_length(model: PreTrainedModel) -> int:
 
 
 def longest(config: PreTrainedConfig) -> int:
-    """Longest sequence in tokens that a model of this config has positions for."""
+    """Longest sequence in tokens that a model of this config has positions for; 2048 where it names no limit."""
+    return positions(config) or 2048
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """As `longest`; None where the config names no limit, as of recurrent models."""
+    text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 2048
+        if getattr(text, name, None):
+            return int(getattr(text, name))
+    return None
 
 
 def local_directory(path: Path | str) -> Path:

@@ -45,7 +45,8 @@ def _ignored(model: nn.Module, ignore: tuple[str, ...]) -> set[str]:
     for pattern in ignore:
         # A model without a module of that name may have its head under another one.
         if pattern not in HEAD or any(names(pattern, name) for name in modules):
-            left |= {name for name in modules if within(name, meant("ignore", pattern, modules, type(model).__name__))}
+            chosen = meant("ignore", pattern, modules, type(model).__name__)
+            left |= {name for name in modules if within(name, chosen)}
         if pattern in HEAD and isinstance(model, PreTrainedModel):
             head = model.get_output_embeddings()
             left |= {name for name, module in model.named_modules() if module is head}

@@ -36,10 +36,10 @@ def others(bones: Bones, ceilings: Ceilings, load: Load, passes: Passes) -> list
             continue
         try:
             other = Passes(bones.as_if(recipe))
-        except ValueError:  # its groups do not divide this model's layers, or it has no layer for them
+            other.walked = passes.walked
+            prefill, decode = other.at(load.prompt, load.context)
+        except ValueError:  # its groups do not divide this model's layers, or it has nothing for them
             continue
-        other.walked = passes.walked
-        prefill, decode = other.at(load.prompt, load.context)
         rows.append(
             {
                 "recipe": name,

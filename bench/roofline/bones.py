@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ...compress.checkpoint import longest, skeleton
+from ...compress.checkpoint import positions, skeleton
 from ...compress.places import base_directory, local_model
 from ...compress.recipe import Recipe
 from ...compress.spec import KVSpec
@@ -17,6 +17,8 @@ from .load import Early, Load
 from .stored import Forms, apply, forms_of_checkpoint, forms_of_recipe, module_bytes, resident_bytes
 from .walk import walk
 from .work import Step
+
+UNLIMITED = 2**40
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,21 @@ class Bones:
         return cls(str(path), model.eval(), forms_of_recipe(model, recipe), recipe.kv, recipe)
 
     @property
+    def positions(self) -> int:
+        """Longest text in tokens; where the config names no limit, more than fits anywhere."""
+        return positions(self.model.config) or UNLIMITED
+
+    @property
     def layers(self) -> int:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     def check(self, load: Load, early: Early) -> None:
         """ValueError for texts that are longer than the model has positions for, and depths that it has not."""
-        positions, layers = longest(self.model.config), self.layers
-        if load.prompt + load.new > positions:
+        if load.prompt + load.new > self.positions:
             raise ValueError(
-                f"prompt, new: {load.prompt} + {load.new} tokens, and {self.name} has positions for {positions}"
+                f"prompt, new: {load.prompt} + {load.new} tokens, and {self.name} has positions for {self.positions}"
             )
-        early.check(layers)
+        early.check(self.layers)
 
     def as_if(self, recipe: Recipe) -> Bones:
         """The same model by another recipe; ValueError where it does not fit."""
@@ -91,4 +97,5 @@ class Passes:
 
     def memory(self, load: Load) -> Memory:
         prefill, decode = self.raw(load.prompt, load.context)
-        return Memory(resident_bytes(self.dense, self.bones.forms), prefill, decode, self.bones.kv)
+        weights = resident_bytes(self.dense, self.bones.forms) + prefill.beside
+        return Memory(weights, prefill, decode, self.bones.kv)

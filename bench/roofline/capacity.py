@@ -46,6 +46,10 @@ class Memory:
         """With `batch` sequences that have `prompt` tokens at first and `tokens` in the end."""
         return self.weights + batch * (self.cache(tokens) + self.workspace(prompt))
 
+    def fits(self, taken: float, room: float) -> bool:
+        """Whether `taken` bytes do not fill `room` beyond what can be used of it."""
+        return taken <= USABLE * room
+
     def largest_batch(self, prompt: int, tokens: int, room: float) -> int:
         """Sequences that fit into `room` bytes; 0: not one."""
         each = self.total(1, prompt, tokens) - self.weights
@@ -53,7 +57,7 @@ class Memory:
 
     def largest_context(self, room: float, positions: int) -> int:
         """Tokens of one sequence, all of them its prompt, that fit into `room` bytes; at most `positions`."""
-        return _largest(lambda tokens: self.total(1, tokens, tokens) <= USABLE * room, positions)
+        return _largest(lambda tokens: self.fits(self.total(1, tokens, tokens), room), positions)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -97,7 +97,7 @@ _TOUCHES = frozenset(
     rand rand_like randn randn_like repeat repeat_interleave roll rsub scalar_tensor scatter scatter_ scatter_add
     scatter_add_ scatter_reduce select_backward slice_backward slice_scatter select_scatter sort split_with_sizes_copy
     stack std sum topk tril triu tril_ triu_ unfold_copy var var_mean zero_ zeros zeros_like _fused_rms_norm
-    _safe_softmax _local_scalar_dense _assert_async _assert_tensor_metadata where linalg_vector_norm""".split()
+    polar _local_scalar_dense _assert_async _assert_tensor_metadata where linalg_vector_norm""".split()
 )
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("pointwise", "reduction") if hasattr(torch.Tag, name))
 

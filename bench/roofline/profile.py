@@ -13,7 +13,6 @@ from typing import Any
 
 from ...backends.ceilings import Ceilings
 from ...compress.block import block_names
-from ...compress.checkpoint import longest
 from .advice import others, recommended, taken_instead
 from .bones import Bones, Passes
 from .bound import ceiling, estimate_s, floor, floor_s, memory_share
@@ -38,15 +37,15 @@ def profile(bones: Bones, ceilings: Ceilings, load: Load, early: Early | None = 
     model has positions for, for exits that it has not, and as `walk`."""
     early = early or Early()
     bones.check(load, early)
-    positions = longest(bones.model.config)
+    most = bones.positions
     passes = Passes(bones)
     prefill, decode = passes.at(load.prompt, load.context)
-    document = _about(bones, ceilings, passes, load, positions)
+    document = _about(bones, ceilings, passes, load, most)
     for batch in load.batches:
         steps = [prefill.with_batch(batch), decode.with_batch(batch)]
         document["phases"] += [_phase(step, ceilings) for step in steps]
         document["serving"].append(_serving(steps[0], steps[1], ceilings, passes.memory(load), load))
-    document["sweep"] = _sweep(passes, ceilings, load, positions)
+    document["sweep"] = _sweep(passes, ceilings, load, most)
     document |= _early(passes, ceilings, load, early)
     document["what_if"] = others(bones, ceilings, load, passes)
     document["notes"] += taken_instead(prefill, decode, ceilings)
@@ -72,7 +71,7 @@ def _about(bones: Bones, ceilings: Ceilings, passes: Passes, load: Load, positio
         "weights": {
             "resident_bytes": memory.weights,
             "read_bytes": decode.total("weight_bytes"),
-            "checkpoint_bytes": checkpoint_bytes(passes.dense, bones.forms),
+            "checkpoint_bytes": checkpoint_bytes(passes.dense, bones.forms) + raw[0].beside,
             "bits_per_parameter": 8 * memory.weights / parameters,
         },
         "kv_bytes_per_token": memory.cache(load.context + 1) / (load.context + 1),
@@ -88,7 +87,7 @@ def _about(bones: Bones, ceilings: Ceilings, passes: Passes, load: Load, positio
         },
         "uncounted": [
             {"op": each.op, "count": each.count, "modules": _short(each.modules)}
-            for each in (*raw[0].uncounted, *raw[1].uncounted)
+            for each in {found.op: found for step in reversed(raw) for found in step.uncounted}.values()
         ],
         "assumed": list(dict.fromkeys((*raw[0].assumed, *raw[1].assumed))),
         "notes": [],
@@ -166,7 +165,7 @@ def _serving(prefill: Step, decode: Step, ceilings: Ceilings, memory: Memory, lo
         "tpot_s": step,
         "tokens_per_s": prefill.batch / step,
         "memory_bytes": taken,
-        "fits": None if ceilings.memory_bytes is None else taken <= ceilings.memory_bytes,
+        "fits": None if ceilings.memory_bytes is None else memory.fits(taken, ceilings.memory_bytes),
         "measured": None,
     }
 
@@ -191,7 +190,7 @@ def _sweep(passes: Passes, ceilings: Ceilings, load: Load, positions: int) -> li
                     "performance": step.total("flops") / seconds,
                     "bound": "memory" if memory_share(step, ceilings) >= 0.5 else "compute",
                     "memory_bytes": taken,
-                    "fits": ceilings.memory_bytes is None or taken <= ceilings.memory_bytes,
+                    "fits": ceilings.memory_bytes is None or memory.fits(taken, ceilings.memory_bytes),
                 }
             )
     return rows
@@ -254,7 +253,6 @@ def add_measured(document: dict[str, Any], measured: Measured, weights: float, c
         seconds = measured.ttft_s if first else measured.tpot_s
         phase["measured_s"] = seconds
         phase["spread"] = measured.ttft_spread if first else measured.tpot_spread
-        phase["remainder_s"] = measured.remainder_s[phase["phase"]]
         if cached:
             phase["note"] = (
                 f"the weights ({weights / 2**20:.1f} MiB) fit into the last-level cache ({(cache or 0) / 2**20:.0f} "
@@ -274,3 +272,4 @@ def add_measured(document: dict[str, Any], measured: Measured, weights: float, c
             module["measured_s"] = taken.get(module["module"])
             if module["measured_s"] and not cached:
                 module["attained"] = module["floor_s"] / module["measured_s"]
+        phase["remainder_s"] = seconds - sum(module["measured_s"] or 0.0 for module in phase["modules"])

@@ -27,6 +27,34 @@ _LATENT = 0.9
 _READ = "_local_scalar_dense"
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Which keys a query sees: all of them, or those before it (causal); of these the last `window`, or those of its
+    own piece of `chunk` tokens. None: no such bound."""
+
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+
+    def pairs(self, T: int, S: int, context: int) -> int:
+        """Of queries with keys: the last T of S positions, of which `context` came before them."""
+        if not self.causal:
+            return T * S
+        if self.chunk is not None:
+            return sum(min((context + i) % self.chunk + 1, S - T + 1 + i) for i in range(T))
+        first = S - T + 1  # keys that the first query sees without a window
+        if self.window is None or self.window >= S:
+            return T * (first + S) // 2
+        growing = max(0, min(T, self.window - first))  # queries that do not fill the window yet
+        return growing * (2 * first + growing - 1) // 2 + (T - growing) * self.window
+
+    def reach(self, T: int, S: int, context: int) -> int:
+        """Keys that any of these queries sees."""
+        if self.chunk is not None:
+            return min(S, context % self.chunk + T)
+        return S if self.window is None else min(S, self.window + T - 1)
+
+
 @dataclass
 class _Tally:
     """A part in the making: what it is, and its numbers by the names that Part has for them."""
@@ -40,9 +68,9 @@ class _Tally:
 class Recorder(TorchDispatchMode):
     """Counts one pass. Storages are told apart by the address of their descriptor: a view shares its tensor's."""
 
-    def __init__(self, model: PreTrainedModel, batch: int, given: list[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, batch: int, context: int, given: list[Tensor]) -> None:
         super().__init__()
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.context = model, batch, context
         self.given = {storage(tensor) for tensor in given}
         self.last = self.where = ""
         self.stack: list[tuple[str, nn.Module]] = []
@@ -55,6 +83,8 @@ class Recorder(TorchDispatchMode):
         self.parameters = {storage(parameter) for parameter in model.parameters()}
         self.buffers = {storage(buffer) for buffer in model.buffers()}
         self.read: set[int] = set()  # weights that were read as a whole
+        self.beside = 0  # bytes of those that are no parameters
+        self.kept: set[int] = set()  # keys that some attention has: layers may share them
         self.fetched: set[int] = set()  # weights of experts, as they were put together for their tokens
         self.made: set[int] = set()
         self.known: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
@@ -118,7 +148,7 @@ class Recorder(TorchDispatchMode):
         name = self.last = name_of(func)
         self.where = self.place()
         if name == _READ:
-            self.assumed.setdefault(f"{self.place()}: a value that only a real run would know is taken for 0")
+            self.assume(f"{self.place()}: a value that only a real run would know is taken for 0")
             return 0
         inputs = list(_tensors((*args, *kwargs.values())))
         sources = {storage(tensor) for tensor in inputs}
@@ -138,6 +168,10 @@ class Recorder(TorchDispatchMode):
             self._born(tensor, sources)
         self._count(func, name, args, kwargs, inputs, outputs)
         return out
+
+    def assume(self, text: str) -> None:
+        """Tell once."""
+        self.assumed.setdefault(text)
 
     def _run(self, func: Any, args: Any, kwargs: Any, sources: set[int]) -> Any:
         """What the op gives on the meta device. Layers are alike, and torch works a shape out slowly: one that was
@@ -195,6 +229,7 @@ class Recorder(TorchDispatchMode):
     def _whole(self, tensor: Tensor, tally: _Tally) -> float:
         if storage(tensor) not in self.read:
             self.read.add(storage(tensor))
+            self.beside += 0 if storage(tensor) in self.parameters else _bytes(tensor)
             tally.numbers["weight_bytes"] += _bytes(tensor)
         return _bytes(tensor)
 
@@ -224,28 +259,32 @@ class Recorder(TorchDispatchMode):
         """It is no activation, but stays (in a cache), or is none at all."""
         self.live -= self.alive.pop(storage(tensor), 0)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, causal: bool) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
         """q [B, H, T, D], k [B, H', S, D], v [B, H', S, D'] -> [B, T, H, D'], as one fused kernel does it."""
         B, H, T, D = q.shape
         S, width = k.shape[2], v.shape[3]
         tally, name = self.tally(), self.place_name()
         tally.kind, tally.compute = "attention", _number(q.dtype)
         out = q.new_empty(B, T, H, width)
-        pairs = B * H * _pairs(T, S, window, causal)
+        pairs = B * H * seen.pairs(T, S, self.context)
         token = B * (k.shape[1] * D * k.itemsize + v.shape[1] * width * v.itemsize)
-        read = token * (S if window is None else min(S, window + T - 1))
+        read = token * seen.reach(T, S, self.context)
         tally.numbers["flops"] += 2 * pairs * (D + width)
         tally.numbers["touched"] += pairs
         tally.numbers["kv_read"] += read
-        tally.numbers["kv_written"] += token * min(T, S)
         tally.numbers["activation_bytes"] += _bytes(q) + _bytes(out)
         tally.numbers["eager_bytes"] += _bytes(q) + read
-        for kept in (k, v):
-            self._forget(kept)
-        self.attention[name] = Attention(name, H * D, k.shape[1] * D, v.shape[1] * width, width, k.itemsize, window)
+        if storage(k) not in self.kept:
+            self.kept.add(storage(k))
+            tally.numbers["kv_written"] += token * min(T, S)
+            window = seen.window or seen.chunk
+            sizes = (H * D, k.shape[1] * D, v.shape[1] * width, width, k.itemsize)
+            self.attention[name] = Attention(name, *sizes, window)
+        for each in (k, v):
+            self._forget(each)
         return out
 
-    def step(self, phase: Phase, tokens: int, context: int, cached: int) -> Step:
+    def step(self, phase: Phase, tokens: int, cached: int) -> Step:
         parts = tuple(
             Part(name, tally.kind, tally.compute, tally.kept, **tally.numbers)
             for name, tally in self.tallies.items()
@@ -253,8 +292,10 @@ class Recorder(TorchDispatchMode):
         )
         unknown = tuple(Uncounted(op, len(where), tuple(dict.fromkeys(where))) for op, where in self.uncounted.items())
         kept, assumed = tuple(self.attention.values()), tuple(self.assumed)
-        step = Step(phase, self.batch, tokens, context, parts, kept, cached, self.peak, unknown, assumed)
-        expected = step.cache_bytes(context + tokens)
+        step = Step(
+            phase, self.batch, tokens, self.context, parts, kept, cached, self.peak, self.beside, unknown, assumed
+        )
+        expected = step.cache_bytes(self.context + tokens)
         return step if cached >= _LATENT * expected else _with_latents(step, cached / expected)
 
 
@@ -298,17 +339,6 @@ def storage(tensor: Tensor) -> int:
 def _bytes(tensor: Tensor) -> int:
     """Of its numbers, each place in memory once."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
-
-
-def _pairs(T: int, S: int, window: int | None, causal: bool) -> int:
-    """Keys that the last T of S positions see, added up."""
-    if not causal:
-        return T * S
-    first = S - T + 1  # keys that the first query sees without a window
-    if window is None or window >= S:
-        return T * (first + S) // 2
-    growing = max(0, min(T, window - first))  # queries that do not fill the window yet
-    return growing * (2 * first + growing - 1) // 2 + (T - growing) * window
 
 
 # Which recorder an exchanged attention tells; transformers calls it by name.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...compress.bnb import refuse_fused
 from ...compress.checkpoint import file_names
 from ...compress.experts import ExpertList, has_fused_experts, unfuse_experts_
 from ...compress.files import read_json
@@ -72,6 +73,7 @@ def forms_of_recipe(skeleton: PreTrainedModel, recipe: Recipe) -> dict[str, Form
     model = _apart(skeleton)
     found: dict[str, Form] = {}
     if recipe.method == "bnb":
+        refuse_fused(skeleton, recipe)
         found = {name: _bnb(module, recipe.options) for name, module in linears(model, recipe.ignore)}
     elif recipe.spec is not None:
         for name, module in fitting_linears(model, recipe):
@@ -156,6 +158,8 @@ def apply(step: Step, forms: Forms, dense: Mapping[str, int], kv: KVSpec | None 
 
     dense   bytes of the parameters of each module by itself, as module_bytes
     """
+    if kv is not None and not step.attention:
+        raise ValueError("kv_bits: this model's keys and values are not known one by one; expected a recipe without")
     shares = {} if kv is None else {each.module: _kv_share(kv, each, step) for each in step.attention}
     parts = []
     for part in step.parts:
@@ -169,7 +173,10 @@ def apply(step: Step, forms: Forms, dense: Mapping[str, int], kv: KVSpec | None 
 
 
 def _formed(part: Part, form: Form, dense: int) -> Part:
-    size = form.bytes * (part.weight_bytes / dense if part.kind == "experts" else 1.0)
+    if part.kind == "experts":
+        size = form.bytes * part.weight_bytes / dense
+    else:  # beside the layer's own weight there may be an adapter's
+        size = form.bytes + max(0.0, part.weight_bytes - dense)
     return replace(
         part,
         weight_bytes=size,

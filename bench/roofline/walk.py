@@ -12,13 +12,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .recorder import ACTIVE, Recorder, storage
+from .recorder import ACTIVE, Recorder, Seen, storage
 from .work import Phase, Step
 
 NAME = "remanence_walk"
@@ -64,8 +68,8 @@ def _pass(model: PreTrainedModel, phase: Phase, batch: int, tokens: int, context
         given["logits_to_keep"] = 1 if phase == "prefill" else 0
     if cache is not None:
         given["past_key_values" if "past_key_values" in takes else "cache_params"] = cache
-    recorder = Recorder(model, batch, [given["input_ids"], *_held(cache)])
-    with recorder.watching(), recorder:
+    recorder = Recorder(model, batch, context, [given["input_ids"], *_held(cache)])
+    with recorder.watching(), recorder, _Fused(recorder):
         try:
             output = model(**given, use_cache=True)
         except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -77,7 +81,15 @@ def _pass(model: PreTrainedModel, phase: Phase, batch: int, tokens: int, context
     cache = getattr(output, "past_key_values", None)
     cache = getattr(output, "cache_params", None) if cache is None else cache
     held = sum(tensor.untyped_storage().nbytes() for tensor in _held(cache))
-    return recorder.step(phase, tokens, context, held), cache
+    if not held:
+        raise ValueError(
+            f"model: {type(model).__name__} keeps no cache to decode with; expected a causal language model"
+        )
+    step = recorder.step(phase, tokens, held)
+    if not step.total("kv_read") and _attends(model):
+        said = f"{type(model).__name__} has an attention of its own: every query with every key, which is an activation"
+        step = replace(step, assumed=(*step.assumed, said))
+    return step, cache
 
 
 def _held(cache: Any) -> list[Tensor]:
@@ -107,11 +119,42 @@ def _attention(
     **given: Any,
 ) -> tuple[Tensor, None]:
     """One of transformers' attention functions. The mask is None: no values are there to be hidden."""
-    window = given.get("sliding_window") or getattr(module, "sliding_window", None)
+    window = given["sliding_window"] if "sliding_window" in given else getattr(module, "sliding_window", None)
     causal = given.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     window = window if isinstance(window, int) and causal else None
-    return ACTIVE.get().attend(query, key, value, window, bool(causal)), None
+    return ACTIVE.get().attend(query, key, value, Seen(bool(causal), window, _chunk(module))), None
+
+
+def _chunk(module: nn.Module) -> int | None:
+    """Of a layer that sees its own piece of the text alone (Llama 4)."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or index is None or index >= len(kinds) or kinds[index] != "chunked_attention":
+        return None
+    return config.attention_chunk_size  # type: ignore[union-attr]
+
+
+class _Fused(TorchFunctionMode):
+    """Counts torch's own attention where a model calls it by itself. On the meta device it would fall to pieces."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
+        q, k, v = (named[name] for name in ("query", "key", "value"))
+        if named.get("attn_mask") is not None and q.shape[2] > 1:
+            self.recorder.assume(f"{self.recorder.place()}: its mask is taken for a causal one")
+        return self.recorder.attend(q, k, v, Seen()).transpose(1, 2)
+
+
+def _attends(model: PreTrainedModel) -> bool:
+    return any("attention" in type(part).__name__.lower() for part in model.modules())
 
 
 AttentionInterface.register(NAME, _attention)
@@ -123,6 +166,8 @@ def _intercepted(model: PreTrainedModel) -> Iterator[None]:
     """With attention that tells, where the model lets it be exchanged, and with experts that meta tensors can go
     through."""
     attention, experts = model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)
+    validates = Distribution._validate_args
+    Distribution.set_default_validate_args(False)  # it looks at values
     try:
         model.set_attn_implementation(NAME)
     except ValueError:  # an attention of its own: its products are counted as they come
@@ -132,6 +177,7 @@ def _intercepted(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
+        Distribution.set_default_validate_args(validates)
         model.set_attn_implementation(attention)
         if experts is not None:
             model.set_experts_implementation(experts)

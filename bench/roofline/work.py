@@ -103,6 +103,7 @@ class Step:
     parts       in the order in which they first ran
     cached      bytes of all that is in the cache after it: keys and values, or the state of a recurrent layer
     workspace   most bytes of activations at once, with attention that keeps no scores, cached keys and values apart
+    beside      bytes of weights that are no parameters: of adapters that are kept apart
     uncounted, assumed   ops whose work is not known, and values that only a real run would know, in words
     """
 
@@ -114,6 +115,7 @@ class Step:
     attention: tuple[Attention, ...] = ()
     cached: int = 0
     workspace: int = 0
+    beside: int = 0
     uncounted: tuple[Uncounted, ...] = ()
     assumed: tuple[str, ...] = ()
 

@@ -6,6 +6,7 @@ unusable input), 3 `--fail-on` fired, 4 done in part (some cells failed), 130 in
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -65,6 +66,9 @@ def main() -> None:
     # Threads that wait for each other spin for milliseconds by default: beside any other busy process a run of small
     # models becomes twenty times slower. A short spin costs nothing when the machine is free.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    for stream in (sys.stdout, sys.stderr):  # a terminal without these letters costs letters, not the result
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         code = app(standalone_mode=False)

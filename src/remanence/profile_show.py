@@ -226,7 +226,7 @@ def _serving(console: Console, profile: Record) -> None:
     for each in profile["serving"]:
         asked = [str(each[key]) for key in ("batch", "prompt", "new")]
         fits = {True: "yes", False: "NO"}.get(each["fits"], "")
-        rows.append((*asked, "expected", *_served(each), si(each["memory_bytes"], "B"), fits, ""))
+        rows.append((*asked, "at least", *_served(each), si(each["memory_bytes"], "B"), fits, ""))
         if seen := each["measured"]:
             peak = si(seen["peak_memory_bytes"], "B")
             rows.append(("", "", "", "measured", *_served(seen), peak, "", percent(seen["spread"])))

@@ -77,7 +77,10 @@ def parse_exits(text: str) -> dict[int, int]:
     """Tokens by depth: "4:30,8:70", or a file that `remanence exit generate --json` wrote, of which those of its policy
     are taken. ValueError for anything else."""
     if not Path(text).is_file():
-        return _histogram(text, dict(part.partition(":")[::2] for part in text.split(",")))
+        pairs = [part.partition(":")[::2] for part in text.split(",")]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"exits: {text!r} has a depth twice")
+        return _histogram(text, dict(pairs))
     rows = read_json(text).get("rows")
     found = [row["histogram"] for row in rows if "histogram" in row][1:] if isinstance(rows, list) else []
     if not found:
@@ -96,8 +99,8 @@ def parse_draft(text: str) -> tuple[int, int, float]:
     """LAYERS:LENGTH:ACCEPT, e.g. 8:4:0.8; ValueError for anything else."""
     parts = text.split(":")
     try:
-        layers, length, accept = int(parts[0]), int(parts[1]), float(parts[2])
-    except (ValueError, IndexError):
+        layers, length, accept = (kind(part) for kind, part in zip((int, int, float), parts, strict=True))
+    except ValueError:
         raise ValueError(f"draft: {text!r} is not of the form LAYERS:LENGTH:ACCEPT, e.g. 8:4:0.8") from None
     return layers, length, accept
 

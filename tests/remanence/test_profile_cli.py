@@ -148,6 +148,8 @@ def test_leaving_early_and_drafting(profile, config_only, tmp_path):
         (("--recipe", "rtn-w4a16-g128"), 2, "do not divide into groups of 128"),
         (("--exits", "a:b"), 2, "exits: 'a:b' is not of the form"),
         (("--exits", "9:1"), 2, "depth 9 is not from 1 to 2"),
+        (("--exits", "1:3,1:4"), 2, "exits: '1:3,1:4' has a depth twice"),
+        (("--draft", "1:2:0.5:9"), 2, "draft: '1:2:0.5:9' is not of the form"),
         (("--draft", "1:2"), 2, "draft: '1:2' is not of the form LAYERS:LENGTH:ACCEPT"),
         (("--draft", "1:2:1.5"), 2, "accept: 1.5"),
         (("--device", "H200", "--remeasure"), 2, "remeasure: H200 is a name"),

@@ -94,7 +94,7 @@ def test_what_was_not_counted_is_loud(profile):
 
 def test_serving_capacity_and_what_if(profile):
     text = shown(profile())
-    assert re.search(r"1 +512 +128 +expected +9\.80 ms +810 µs +1136 +4\.10 GB +yes", text)
+    assert re.search(r"1 +512 +128 +at least +9\.80 ms +810 µs +1136 +4\.10 GB +yes", text)
     assert re.search(r"measured +21\.0 ms +2\.50 ms +381 +4\.40 GB", text)
     assert "408 sequences of 640 tokens; or 4,096 tokens at batch 1 (no more: the model's own positions" in text
     assert "leaving after 21.4 of 32 layers" in text

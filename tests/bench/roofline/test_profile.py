@@ -87,6 +87,27 @@ def test_a_recipe_says_what_its_files_will_say(saved):
     assert said in reckoned["recommendation"]
 
 
+def test_what_fits_is_the_same_everywhere(saved):
+    load = Load((1,), 32, 9)
+    most = profile(Bones.of(saved / "dense"), DEVICE, load)["capacity"]["largest_batch"]
+    found = profile(Bones.of(saved / "dense"), DEVICE, Load((most, most + 1), 32, 9))
+    assert [row["fits"] for row in found["serving"]] == [True, False]
+
+
+def test_an_adapter_beside_a_model_takes_its_room(saved, memorized, tmp_path):
+    peft = pytest.importorskip("peft")
+    from remanence.unlearn.adapters import save_unmerged
+
+    adapted = peft.get_peft_model(load_model(saved / "dense"), peft.LoraConfig(r=8, target_modules=["q_proj"]))
+    save_unmerged(adapted, memorized.tokenizer, tmp_path)
+    load, size = Load((1,), 32, 9), 3 * 4 * (8 * 64 + 64 * 8)
+    for recipe in (None, parse_recipe("rtn-w4a16-g32")):
+        alone = profile(Bones.of(saved / "dense", recipe), DEVICE, load)["weights"]
+        both = profile(Bones.of(tmp_path, recipe), DEVICE, load)["weights"]
+        for name in ("read_bytes", "resident_bytes", "checkpoint_bytes"):
+            assert both[name] == alone[name] + size
+
+
 def test_a_recommendation_follows_from_what_binds(saved):
     slow_memory = profile(Bones.of(saved / "dense"), replace(DEVICE, memory=Rate(1e6, "s")), Load((1,), 32, 9))
     assert "Decode at batch 1 is bound by memory (100% of its floor" in slow_memory["recommendation"]
@@ -119,6 +140,7 @@ def test_what_was_measured_stands_beside_its_floor(saved):
         assert phase["attained"] == phase["floor_s"] / phase["measured_s"]
         timed = {module["module"]: module["measured_s"] for module in phase["modules"]}
         assert timed["model.layers.*.mlp.up_proj"] > 0
+        assert sum(filter(None, timed.values())) + phase["remainder_s"] == pytest.approx(phase["measured_s"])
     assert found["serving"][1]["measured"]["tokens_per_s"] == measured.tokens_per_s
     assert found["serving"][0]["measured"] is None
 

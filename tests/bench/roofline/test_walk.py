@@ -5,7 +5,20 @@ import torch
 from remanence.bench.roofline.published import MODELS
 from remanence.bench.roofline.walk import walk
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV3Config,
+    Exaone4Config,
+    FalconConfig,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    OpenAIGPTConfig,
+)
 
 
 def skeleton(config, dtype=torch.bfloat16):
@@ -146,6 +159,73 @@ def test_keys_that_are_kept_as_latents_are_counted_as_they_are_kept():
     kept = 2 * 2 * 2 * (32 + 8) * 13  # bytes, sequences, layers
     assert decode.cached == kept == pytest.approx(decode.total("kv_read"))
     assert any("the cache keeps 25% of the keys and values" in said for said in decode.assumed)
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+}
+
+
+def test_layers_that_say_that_they_have_no_window_have_none():
+    config = Exaone4Config(**SMALL, num_hidden_layers=4, sliding_window=8, sliding_window_pattern=4)
+    _, decode = walk(skeleton(config), 1, 16, 99)
+    kept = {each.module: each.window for each in decode.attention}
+    assert list(kept.values()) == [8, 8, 8, None]
+    assert decode.total("kv_read") == 2 * 2 * 32 * (3 * 8 + 100)
+
+
+@pytest.mark.parametrize(("context", "inside"), [(31, 8), (32, 1), (37, 6)])
+def test_pieces_that_see_themselves_alone(context, inside):
+    """Llama 4: three of four layers see the keys of their own piece of 8 tokens."""
+    config = Llama4TextConfig(
+        **SMALL, num_hidden_layers=4, head_dim=16, attention_chunk_size=8, intermediate_size_mlp=96
+    )
+    prefill, decode = walk(skeleton(config), 1, 16, context)
+    assert decode.total("kv_read") == 2 * 2 * 32 * (3 * inside + context + 1)
+    flops = [part.flops for part in prefill.parts if part.kind == "attention"]
+    pairs = [2 * (8 * 9 // 2)] * 3 + [16 * 17 // 2]
+    assert flops == [4 * 64 * each for each in pairs]
+
+
+def test_an_attention_that_calls_torchs_is_counted_as_that():
+    config = FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    prefill, decode = walk(skeleton(config), 2, 16, 20)
+    assert decode.total("kv_read") == 2 * 2 * 2 * 2 * 16 * 21  # bytes, keys and values, layers, sequences, one head
+    assert sum(p.flops for p in prefill.parts if p.kind == "attention") == 2 * 2 * 4 * 64 * (16 * 17 // 2)
+    assert not decode.uncounted
+
+
+def test_an_attention_that_cannot_be_exchanged_is_told():
+    _, decode = walk(skeleton(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=64)), 1, 8)
+    assert any("BloomForCausalLM has an attention of its own" in said for said in decode.assumed)
+
+
+def test_a_model_without_a_cache_is_refused():
+    config = OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=64)
+    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel keeps no cache to decode with"):
+        walk(skeleton(config), 1, 8)
+
+
+def test_layers_that_share_keys_keep_them_once():
+    config = Gemma3nTextConfig(
+        **SMALL,
+        num_hidden_layers=10,
+        head_dim=16,
+        num_kv_shared_layers=4,
+        sliding_window=8,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=64,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.95] * 5 + [0.0] * 5,
+    )
+    _, decode = walk(skeleton(config), 1, 8, 40)
+    assert len(decode.attention) == 6
+    assert decode.cache_bytes(41) == pytest.approx(decode.cached, rel=0.1)
 
 
 class Strange(nn.Module):
