@@ -42,8 +42,8 @@ class Bones:
         there, or as `recipe` would make it. ValueError or FileNotFoundError for what cannot be read, and for a recipe
         on a model that is compressed already."""
         base = base_directory(path)
-        model = skeleton(base, compressed=True)
         directory = local_model(base)
+        model = skeleton(base, compressed=directory is not None)  # of one on the hub the files' headers are not here
         kept = forms_of_checkpoint(directory, model) if directory is not None else {}
         with_adapter(model, path)
         if recipe is None:

@@ -210,7 +210,7 @@ class Recorder(TorchDispatchMode):
         tally.numbers["eager_bytes"] += eager
         if name in PRODUCTS:
             tally.numbers["flops"] += PRODUCTS[name](*args, **kwargs)
-            if tally.kind == "linear":
+            if tally.kind == "linear" and any(storage(tensor) in self.parameters for tensor in inputs):
                 tally.numbers["rows"] += outputs[0].numel() // outputs[0].shape[-1]
             moved = [t for t in inputs if not self._is_weight(t) and storage(t) not in self.fetched]
             tally.numbers["activation_bytes"] += sum(map(_bytes, (*moved, *outputs)))
@@ -276,6 +276,7 @@ class Recorder(TorchDispatchMode):
         tally.numbers["eager_bytes"] += _bytes(q) + read
         if storage(k) not in self.kept:
             self.kept.add(storage(k))
+            weakref.finalize(k.untyped_storage(), self.kept.discard, storage(k))  # its address may be another's then
             tally.numbers["kv_written"] += token * min(T, S)
             window = seen.window or seen.chunk
             sizes = (H * D, k.shape[1] * D, v.shape[1] * width, width, k.itemsize)

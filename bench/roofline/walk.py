@@ -1,10 +1,10 @@
 """The walk: run a model without weights on torch's meta device, and count what every op would do.
 
 Each op is seen with the shapes of what it is given, and its module (recorder.py). Attention is taken out of the model's
-hands (transformers lets it be exchanged by name) and counted in closed form from its queries, keys
-and values: as a fused kernel works, causal, within its window, with as many heads of keys as there are. No architecture
-is known by name. What a product takes and gives, its weights, and keys and values are the *ideal* bytes; what every op
-reads and writes by itself are the *eager* ones.
+hands (transformers lets it be exchanged by name) and counted in closed form from its queries, keys and values: as a
+fused kernel works, causal, within its window, with as many heads of keys as there are. No architecture is known by
+name. What a product takes and gives, its weights, and keys and values are the *ideal* bytes; what every op reads and
+writes by itself are the *eager* ones.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def walk(
     context   tokens in the cache before the second pass; None: the prompt's
     tokens    new ones of each sequence in the second pass; more than one is how drafted tokens are verified
 
-    Raises ValueError for numbers below 1, a context shorter than the prompt, and a model that does something for which
-    values are needed, by the op and the module.
+    Raises ValueError for numbers below 1, a context shorter than the prompt, a model that keeps no cache, and one that
+    does something for which values are needed, by the op and the module.
     """
     context = prompt if context is None else context
     for name, value, least in (("batch", batch, 1), ("prompt", prompt, 1), ("tokens", tokens, 1)):
