@@ -1,23 +1,35 @@
 """The walk against sums that anyone can write down from a model's published dimensions."""
 
+import inspect
+
 import pytest
 import torch
 from remanence.bench.roofline.published import MODELS
+from remanence.bench.roofline.recorder import Seen
 from remanence.bench.roofline.walk import walk
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     DeepseekV3Config,
     Exaone4Config,
     FalconConfig,
     Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    MistralConfig,
+    MixtralConfig,
     OpenAIGPTConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
 )
 
 
@@ -105,31 +117,56 @@ def tiny(**changes):
     return LlamaConfig(**given | changes)
 
 
-def test_prefill_is_what_torchs_own_counter_counts_with_the_mask_taken_off():
-    """Peer: torch's FlopCounterMode on real tensors with eager attention, which counts every pair twice over."""
+WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64}
+GROUPED = WIDTHS | {"num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ARCHITECTURES = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=4),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=16),
+    "phi3": lambda: Phi3Config(**GROUPED),
+    "cohere2": lambda: Cohere2Config(**GROUPED | {"num_hidden_layers": 4}, sliding_window=4),
+    "gemma3": lambda: Gemma3TextConfig(**GROUPED | {"num_hidden_layers": 7}, head_dim=8, sliding_window=4),
+    "opt": lambda: OPTConfig(**WIDTHS, num_hidden_layers=2, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0),
+    "gpt-neox": lambda: GPTNeoXConfig(**WIDTHS, num_hidden_layers=2, intermediate_size=48),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64),
+    "falcon": lambda: FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64),
+    "bloom": lambda: BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+    "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen2-moe": lambda: Qwen2MoeConfig(**GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=24),
+    "gpt-oss": lambda: GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+    "mamba": lambda: MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_products_are_those_that_torchs_own_counter_sees(name, monkeypatch):
+    """Peer: FlopCounterMode on real tensors, with attention op by op. In a prompt it counts what the mask hides."""
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny(), attn_implementation="eager")
-    ids = torch.zeros(3, 7, dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(ids, logits_to_keep=1)
-    prefill, _ = walk(skeleton(tiny()), 3, 7)
-    full, causal = 7 * 7, 7 * 8 // 2
-    hidden = 2 * 3 * 4 * 2 * (8 + 8) * (full - causal)  # layers, batch, heads
-    assert prefill.total("flops") == counter.get_total_flops() - hidden
+    config = ARCHITECTURES[name]()
+    eager = {} if name == "mamba" else {"attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), **eager).eval()
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")
+    ids = torch.zeros(2, 9, dtype=torch.long)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        out = model(ids, use_cache=True, **last)
+    kept = {"cache_params": out.cache_params} if name == "mamba" else {"past_key_values": out.past_key_values}
+    with torch.no_grad(), FlopCounterMode(display=False) as later:
+        model(ids[:, :1], use_cache=True, **kept)
+    _, decode = walk(skeleton(config), 2, 9)
+    assert decode.total("flops") == later.get_total_flops()
+    monkeypatch.setattr(Seen, "pairs", lambda self, T, S, context: T * S)  # noqa: ARG005
+    prefill, _ = walk(skeleton(config), 2, 9)
+    assert prefill.total("flops") == whole.get_total_flops()
 
 
-def test_recurrent_layers_are_counted_as_torchs_own_counter_does():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
-    prefill, decode = walk(skeleton(config), 2, 6)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        AutoModelForCausalLM.from_config(config)(torch.zeros(2, 6, dtype=torch.long), logits_to_keep=1)
-    assert prefill.total("flops") == counter.get_total_flops()
-    assert 0 < decode.total("flops") < prefill.total("flops")
-    assert prefill.cached == decode.cached > 0  # its state does not grow
+def test_the_state_of_a_recurrent_layer_does_not_grow():
+    prefill, decode = walk(skeleton(ARCHITECTURES["mamba"]()), 2, 6)
+    assert prefill.cached == decode.cached > 0
     assert not decode.attention
 
 
