@@ -72,7 +72,8 @@ def test_a_config_and_the_name_of_a_device_are_enough(profile, config_only):
     assert [phase["batch"] for phase in found["phases"]] == [1, 1, 8, 8]
     linear = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     head = 128 * 64
-    assert found["phases"][1]["flops"] == 2 * (linear + head) + 2 * 4 * 64 * 18  # 17 in the cache, and itself
+    by_hand = 2 * (linear + head) + 2 * 4 * 64 * 18  # 17 in the cache, and itself
+    assert found["phases"][1]["flops"] == pytest.approx(by_hand, rel=1e-3)  # some versions turn positions by a product
     assert found["weights"]["read_bytes"] == 2 * (linear + head + 5 * 64)
     assert all(phase["measured_s"] is None for phase in found["phases"])
 
