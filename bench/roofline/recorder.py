@@ -4,7 +4,7 @@ which module it runs."""
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,7 +62,7 @@ class _Tally:
     kind: Kind
     compute: str
     kept: str
-    numbers: Counter[str] = field(default_factory=Counter)
+    numbers: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
 
 
 class Recorder(TorchDispatchMode):
