@@ -22,8 +22,8 @@ from ..unlearn.demo import DemoConfig, demo_tokenizer
 from ..unlearn.people import people_corpus
 from . import llm_viewer
 from .roofline.bound import estimate_s, floor_s
-from .roofline.ceilings import measure_ceilings
 from .roofline.measure import measure
+from .roofline.measured import measure_ceilings
 from .roofline.published import MODELS
 from .roofline.stored import (
     Forms,

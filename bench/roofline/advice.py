@@ -10,7 +10,6 @@ from ...compress.recipe import DENSE, parse_recipe
 from .bones import Bones, Passes
 from .bound import floor_s, replaced
 from .load import Load
-from .stored import resident_bytes
 from .work import Phase, Step
 
 # Recipes that a profile of a dense model is held beside: widths of weights, of both sides, sparsity, and the cache.
@@ -46,7 +45,7 @@ def others(bones: Bones, ceilings: Ceilings, load: Load, passes: Passes) -> list
                 "batch": load.batches[0],
                 "prefill_s": floor_s(prefill.with_batch(load.batches[0]), ceilings),
                 "decode_s": floor_s(decode.with_batch(load.batches[0]), ceilings),
-                "resident_bytes": resident_bytes(other.dense, other.bones.forms),
+                "resident_bytes": other.memory(load).weights,
             }
         )
     return rows

@@ -16,9 +16,7 @@ from ...backends.ceilings import Ceilings, ceilings_from_json
 from ...backends.device import Device
 from ...compress.files import read_json, write_json
 from ...kernels.ops import isa
-from .measured import Sizes, cache_bytes, measure_ceilings
-
-__all__ = ["Kept", "Sizes", "cache_bytes", "ceilings_of", "kept_ceilings", "measure_ceilings"]
+from .measured import measure_ceilings
 
 _log = logging.getLogger(__name__)
 _SCHEMA = 3  # counts up when a figure comes to mean something else

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
-
 
 def _mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """a [M, K], b [K, N]."""
@@ -38,15 +36,13 @@ def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
 
 def _convolution(x: Tensor, weight: Tensor, *rest: Any, **__: Any) -> int:
     """x [B, C, ...], weight [N, C/groups, ...] (transposed: [C, N/groups, ...]): each tap is a product."""
-    bias, stride, padding, dilation, transposed, output_padding = rest[:6]
-    del bias
+    _bias, stride, padding, dilation, transposed = rest[:5]
     if transposed:
         return 2 * x.numel() * math.prod(weight.shape[1:])
     sizes = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
     ]
-    del output_padding
     return 2 * x.shape[0] * weight.shape[0] * math.prod(sizes) * math.prod(weight.shape[1:])
 
 
@@ -100,6 +96,11 @@ _TOUCHES = frozenset(
     polar _local_scalar_dense _assert_async _assert_tensor_metadata where linalg_vector_norm""".split()
 )
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("pointwise", "reduction") if hasattr(torch.Tag, name))
+
+
+def number_of(dtype: torch.dtype) -> str:
+    """Its kind, as ceilings name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def name_of(op: Any) -> str:

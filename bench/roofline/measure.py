@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...backends.device import Device
 from ...compress.checkpoint import max_length
 from ..speed import held_bytes
+from .counts import number_of
 from .module_times import module_seconds
 
 REPEATS = 3
@@ -155,7 +156,7 @@ def measure(
     worked = {phase: sum(s for name, s in modules[phase].items() if name in works) for phase in PHASES}
     return Measured(
         device=device.name,
-        dtype=str(network.dtype).removeprefix("torch."),
+        dtype=number_of(network.dtype),
         attention=getattr(network.config, "_attn_implementation", None),
         batch=batch,
         prompt=prompt,

@@ -17,6 +17,7 @@ from .advice import others, recommended, taken_instead
 from .bones import Bones, Passes
 from .bound import ceiling, estimate_s, floor, floor_s, memory_share
 from .capacity import Memory
+from .counts import number_of
 from .depths import depths, draft_s, exit_s
 from .load import Early, Load
 from .measure import Measured
@@ -66,7 +67,7 @@ def _about(bones: Bones, ceilings: Ceilings, passes: Passes, load: Load, positio
         "architecture": type(model).__name__,
         "layers": bones.layers,
         "parameters": parameters,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_of(model.dtype),
         "device": ceilings.as_json(),
         "weights": {
             "resident_bytes": memory.weights,

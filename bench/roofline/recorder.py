@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...compress.experts import fused_experts
-from .counts import GATHERS, PRODUCTS, name_of, touches
+from .counts import GATHERS, PRODUCTS, name_of, number_of, touches
 from .work import Attention, Kind, Part, Phase, Step, Uncounted, met
 
 # Share of the keys and values seen, below which a cache keeps something else.
@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
         name, module = self.stack[-1] if self.stack else ("", self.model)
         if name not in self.tallies:
             dtype = next((p.dtype for p in module.parameters(recurse=False)), self.model.dtype)
-            self.tallies[name] = _Tally(self._kind(name, module), _number(dtype), _number(dtype))
+            self.tallies[name] = _Tally(self._kind(name, module), number_of(dtype), number_of(dtype))
         return self.tallies[name]
 
     def _kind(self, name: str, module: nn.Module) -> Kind:
@@ -155,7 +155,7 @@ class Recorder(TorchDispatchMode):
         out = self._run(func, args, kwargs, sources)
         outputs = list(_tensors(out if isinstance(out, list | tuple) else (out,)))
         if not func._schema.is_mutable and all(storage(tensor) in sources for tensor in outputs):
-            self._free(name, inputs, outputs)
+            self._free(func, inputs, outputs)
             return out
         gathered = args[GATHERS[name]] if name in GATHERS else None
         if gathered is not None and self.place_name() in self.routed and self._is_weight(gathered):
@@ -185,10 +185,10 @@ class Recorder(TorchDispatchMode):
             self.known[key] = (out.shape, out.stride(), out.dtype)
         return out
 
-    def _free(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _free(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """A view, or an op without a tensor as its result: nothing moves, unless its work is one of values."""
-        if not outputs and inputs and name not in ("sym_size", "sym_numel", "size", "_assert_async"):
-            self._unknown(name)
+        if not outputs and inputs and not touches(func):
+            self._unknown(name_of(func))
 
     def _unknown(self, name: str) -> None:
         self.uncounted.setdefault(name, []).append(self.place())
@@ -215,7 +215,7 @@ class Recorder(TorchDispatchMode):
             moved = [t for t in inputs if not self._is_weight(t) and storage(t) not in self.fetched]
             tally.numbers["activation_bytes"] += sum(map(_bytes, (*moved, *outputs)))
             if tally.kind == "other":
-                tally.compute = _number(inputs[-1].dtype)
+                tally.compute = number_of(inputs[-1].dtype)
             return
         tally.numbers["touched"] += max((tensor.numel() for tensor in (*inputs, *outputs)), default=0)
         if not touches(func):
@@ -264,7 +264,7 @@ class Recorder(TorchDispatchMode):
         B, H, T, D = q.shape
         S, width = k.shape[2], v.shape[3]
         tally, name = self.tally(), self.place_name()
-        tally.kind, tally.compute = "attention", _number(q.dtype)
+        tally.kind, tally.compute = "attention", number_of(q.dtype)
         out = q.new_empty(B, T, H, width)
         pairs = B * H * seen.pairs(T, S, self.context)
         token = B * (k.shape[1] * D * k.itemsize + v.shape[1] * width * v.itemsize)
@@ -326,10 +326,6 @@ def _described(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_described, value))
     return type(value), value
-
-
-def _number(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def storage(tensor: Tensor) -> int:

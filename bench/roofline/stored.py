@@ -34,6 +34,7 @@ from ...compress.sparse_linear import Sparse24Linear
 from ...compress.spec import ActivationSpec, KVSpec, QuantSpec
 from ...compress.walk import features, fitting_linears, linears, prunable_linears, storage_dtype
 from ...kernels.reference import packed_width
+from .counts import number_of
 from .work import Attention, Part, Step
 
 # As safetensors names them.
@@ -124,8 +125,7 @@ def forms_of_model(model: nn.Module) -> dict[str, Form]:
             found[name] = Form(size, sum(t.nbytes for t in module.state_dict().values()), "2:4", sparse=True)
         elif type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             size = sum(tensor.nbytes for tensor in module.state_dict().values())
-            int8 = type(module).__name__ == "Linear8bitLt"
-            found[name] = Form(size, size, "bnb-int8" if int8 else "bnb-4bit", "int8" if int8 else None)
+            found[name] = _bnb_form(size, type(module).__name__ == "Linear8bitLt")
     return _together(model, found)
 
 
@@ -266,7 +266,7 @@ def _sizes(module: Any) -> tuple[int, int, int]:
 
 def _plain(module: Any) -> Form:
     size = module.weight.nbytes + (0 if module.bias is None else module.bias.nbytes)
-    return Form(size, size, str(module.weight.dtype).removeprefix("torch."))
+    return Form(size, size, number_of(module.weight.dtype))
 
 
 def _dense(module: Any, dtype: torch.dtype) -> nn.Linear:
@@ -296,14 +296,16 @@ def _packed(module: Any, spec: QuantSpec, activation: ActivationSpec | None) -> 
 def _bnb(module: Any, options: BnB) -> Form:
     N, K, bias = _sizes(module)
     if options.kind == "int8":
-        size = N * K + 4 * N + bias
-        return Form(size, size, "bnb-int8", "int8")
+        return _bnb_form(N * K + 4 * N + bias, True)
     blocks = math.ceil(N * K / _BLOCK)
     scales = 4 * blocks
     if options.double_quant:
         scales = blocks + 4 * math.ceil(blocks / _BLOCKS) + 4 * 256
-    size = math.ceil(N * K / 2) + scales + 4 * 16 + bias
-    return Form(size, size, "bnb-4bit")
+    return _bnb_form(math.ceil(N * K / 2) + scales + 4 * 16 + bias, False)
+
+
+def _bnb_form(size: int, int8: bool) -> Form:
+    return Form(size, size, "bnb-int8" if int8 else "bnb-4bit", "int8" if int8 else None)
 
 
 def _fours(module: Any) -> Form:
@@ -344,7 +346,9 @@ def _hadamard(n: int, core: int) -> float:
     return 2.0 * n * core * (core > 1) + n * math.log2(n // core)
 
 
-Reader = Callable[[str, Any, dict[str, tuple[str, tuple[int, ...]]]], Form]
+# Of tensors by name: (dtype, shape), as safetensors names them.
+Header = dict[str, tuple[str, tuple[int, ...]]]
+Reader = Callable[[str, Any, Header], Form]
 
 
 def _reader(quantization: dict[str, Any]) -> Reader:
@@ -356,18 +360,16 @@ def _reader(quantization: dict[str, Any]) -> Reader:
     elif method not in _METHODS:
         raise ValueError(f"quantization_config.quant_method: {method!r} is not one of {', '.join(_METHODS)}")
 
-    def form(name: str, module: Any, own: dict[str, tuple[str, tuple[int, ...]]]) -> Form:
+    def form(name: str, module: Any, own: Header) -> Form:
         size = sum(_ITEMSIZE.get(number, 1) * math.prod(shape) for number, shape in own.values())
         if schemes is not None:
             scheme = schemes.of(name)
-            clip = [key for key in own if key.startswith("transform.")]
             made = _packed(module, scheme.spec, scheme.activation)
-            return replace(made, file_bytes=size, row_flops=_stored_transform(own) if clip else 0.0)
+            return replace(made, file_bytes=size, row_flops=_stored_transform(own))
         if method == ct.METHOD:
             return Form(size, size, "2:4", sparse=True)
         if method == "bitsandbytes":
-            int8 = bool(quantization.get("load_in_8bit"))
-            return Form(size, size, "bnb-int8" if int8 else "bnb-4bit", "int8" if int8 else None)
+            return _bnb_form(size, bool(quantization.get("load_in_8bit")))
         if method == "fp8":
             return Form(size, size, "float8", "float8")
         return Form(size, size, f"w{quantization.get('bits', 4)}a16")
@@ -375,15 +377,15 @@ def _reader(quantization: dict[str, Any]) -> Reader:
     return form
 
 
-def _stored_transform(own: dict[str, tuple[str, tuple[int, ...]]]) -> float:
+def _stored_transform(own: Header) -> float:
     shapes = {key.removeprefix("transform."): shape for key, (_, shape) in own.items() if key.startswith("transform.")}
     if "left" in shapes:
         return _kronecker(shapes["left"][0], shapes["right"][0])
-    return _hadamard(shapes["signs"][0], shapes["core"][0])
+    return _hadamard(shapes["signs"][0], shapes["core"][0]) if shapes else 0.0
 
 
-def _headers(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor in the files of a directory: (dtype, shape), as safetensors names them."""
+def _headers(directory: Path) -> Header:
+    """Of every tensor in the files of a directory."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory}: no .safetensors file in it; of a compressed model they are looked at")

@@ -13,7 +13,8 @@ import torch
 from .backends.ascend import AscendDevice
 from .backends.device import Device, Peak, detect, refusals
 from .backends.energy.probes import survey
-from .bench.roofline.ceilings import cache_bytes, kept_ceilings
+from .bench.roofline.ceilings import kept_ceilings
+from .bench.roofline.measured import cache_bytes
 from .config import default_cache
 from .kernels.ascend.schemas import drift, release
 from .kernels.limits import peaks, read_bandwidth

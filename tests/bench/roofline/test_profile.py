@@ -106,6 +106,8 @@ def test_an_adapter_beside_a_model_takes_its_room(saved, memorized, tmp_path):
         both = profile(Bones.of(tmp_path, recipe), DEVICE, load)["weights"]
         for name in ("read_bytes", "resident_bytes", "checkpoint_bytes"):
             assert both[name] == alone[name] + size
+    others = [profile(Bones.of(place), DEVICE, load)["what_if"] for place in (saved / "dense", tmp_path)]
+    assert [row["resident_bytes"] + size for row in others[0]] == [row["resident_bytes"] for row in others[1]]
 
 
 def test_a_recommendation_follows_from_what_binds(saved):
